@@ -1,0 +1,95 @@
+"""Losses for semantic segmentation: cross-entropy, Dice, focal, and cross-entropy + Dice.
+
+Every loss takes logits and labels and gives one number, by the same rules:
+- A pixel labelled 255 is ignored exactly: its logits change neither the loss nor any gradient.
+- Everything is float32 with autocast off: a float16 sum over a crop overflows.
+- A batch in which nothing is labelled costs 0, and its gradient is 0.
+- Class weights w, where given, scale each class; only their ratios matter, since a loss is
+  divided by the weights that went into it.
+
+    loss = build_loss("focal", class_weights)(logits, target)
+"""
+import torch
+import torch.nn.functional as F
+
+IGNORE = 255
+
+
+def _pixel_mean(loss, target, weights):
+    """Weighted mean of a loss N x H x W over the labelled pixels: sum w l / sum w.
+
+    This divides by the weights, as F.cross_entropy(weight=...) does, but is 0 for no pixel.
+    """
+    table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
+    table[:len(weights)] = weights
+    w = table[target]
+    return (w * loss).sum() / w.sum().clamp_min(1e-6)
+
+
+def cross_entropy(logits, target, weights):
+    """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the softmax of the true class.
+
+    logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0
+    """
+    nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    return _pixel_mean(nll, target, weights)
+
+
+def focal(logits, target, weights, gamma=2.0):
+    """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
+
+    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p is the plain softmax:
+    the weight scales the loss and never enters p. Shapes as in `cross_entropy`.
+    Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha).
+    """
+    nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    return _pixel_mean((1 - torch.exp(-nll)) ** gamma * nll, target, weights)
+
+
+def dice(logits, target, weights):
+    """Soft Dice loss: 1 - sum_c w_c D_c / sum_c w_c, D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic).
+
+    i runs over the labelled pixels of the whole batch, c over the classes that those pixels
+    hold: a class without a pixel has no overlap to win, so it is left out. t is the one-hot
+    truth, p the softmax. Shapes as in `cross_entropy`, the result lies in [0, 1].
+    Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
+    2017, arXiv 1707.03237.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    t = target.unsqueeze(1) == classes                              # N x C x H x W, void: all 0
+    p = logits.softmax(dim=1) * (target != IGNORE).unsqueeze(1)
+    overlap, truth = (p * t).sum((0, 2, 3)), t.sum((0, 2, 3))       # C
+    score = 2 * overlap / (p.sum((0, 2, 3)) + truth).clamp_min(1e-6)
+    w = weights * (truth > 0)
+    return (w * (1 - score)).sum() / w.sum().clamp_min(1e-6)
+
+
+def ce_dice(logits, target, weights):
+    """Cross-entropy + Dice, unscaled: the first is smooth early, the second minds small classes."""
+    return cross_entropy(logits, target, weights) + dice(logits, target, weights)
+
+
+LOSSES = {"ce": cross_entropy, "dice": dice, "focal": focal, "ce+dice": ce_dice}
+
+
+def build_loss(name, class_weights=None):
+    """A loss by its name in LOSSES: f(logits, target) -> float32 scalar.
+
+    logits: float N x C x H x W, any precision; target: int64 N x H x W, values 0 ... C-1, or 255
+    for ignored; class_weights: float C, or None for equal weights. Raises ValueError for an
+    unknown name or for shapes that do not fit.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"no loss is called {name!r}; there are: {', '.join(LOSSES)}")
+
+    def loss(logits, target):
+        n, c, h, w = logits.shape
+        if target.shape != (n, h, w):
+            raise ValueError(f"logits {tuple(logits.shape)} do not fit target {tuple(target.shape)}")
+        if class_weights is None:
+            weights = torch.ones(c, device=logits.device)
+        else:
+            weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            return LOSSES[name](logits.float(), target, weights)
+    return loss

@@ -1,0 +1,65 @@
+"""Scores for semantic segmentation, all read off one confusion matrix.
+
+The matrix counts pixels: m[i, j] of class i (truth) were called j (prediction). Sum the matrices
+of all images first, then score once: a mean of per-batch scores is another, wrong number. IoU is
+the official Cityscapes score (cityscapesScripts, evalPixelLevelSemanticLabeling.py).
+
+    m = sum(confusion_matrix(prediction, target) for prediction, target in ...)
+    print(pixel_accuracy(m), iou(m).nanmean(), dice(m).nanmean())
+"""
+import torch
+
+IGNORE = 255
+
+
+def confusion_matrix(prediction, target, num_classes=19):
+    """Count pixels by (truth, prediction): two integer tensors of one shape -> int64 C x C.
+
+    target: 0 ... C-1, or 255 for ignored; prediction: 0 ... C-1 (where the target is ignored,
+    anything). Rows are the truth, columns the prediction. Works on any device and stays there.
+    Raises ValueError for shapes that differ and for values out of range.
+    """
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} is not target {tuple(target.shape)}")
+    prediction, target = prediction.flatten().long(), target.flatten().long()
+    counted = target != IGNORE
+    for name, values in (("prediction", prediction), ("target", target)):
+        wrong = counted & ((values < 0) | (values >= num_classes))
+        if wrong.any():
+            raise ValueError(f"{name} holds {values[wrong][0].item()}, "
+                             f"which is neither 0 ... {num_classes - 1} nor ignored")
+    cell = num_classes * target + prediction                    # the matrix, row after row,
+    cell = torch.where(counted, cell, num_classes**2)           # and one last cell for ignored
+    counts = torch.bincount(cell, minlength=num_classes**2 + 1)
+    return counts[:-1].reshape(num_classes, num_classes)
+
+
+def pixel_accuracy(m):
+    """Share of the labelled pixels that are right, in [0, 1]; NaN for an empty matrix."""
+    return m.diag().sum().double() / m.sum()
+
+
+def iou(m):
+    """Intersection over union of each class, TP / (TP + FP + FN): C x C -> float64 C in [0, 1].
+
+    A class in neither truth nor prediction is NaN, which `.nanmean()` skips; a class that is
+    predicted but never true scores 0. Both as in the official scorer.
+    """
+    tp = m.diag().double()
+    return tp / (m.sum(0) + m.sum(1) - tp)
+
+
+def dice(m):
+    """Dice (F1) of each class, 2 TP / (2 TP + FP + FN) = 2 IoU / (1 + IoU); NaN as in `iou`."""
+    return 2 * m.diag().double() / (m.sum(0) + m.sum(1))
+
+
+def confusions(m):
+    """How much of its IoU each class loses to each other one: C x C -> float64 C x C in [0, 1].
+
+    Entry i, j: the pixels that i and j were mistaken for one another, either way, as a share of
+    the union of i. The diagonal is 0, and row i sums to 1 - IoU of i (NaN where that is NaN).
+    """
+    tp = m.diag().double()
+    lost = (m + m.T).double().fill_diagonal_(0)
+    return lost / (m.sum(0) + m.sum(1) - tp).unsqueeze(1)
