@@ -20,10 +20,11 @@ from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 # ---------------------------------------------------------------------------------- labels
 
@@ -59,25 +60,29 @@ def normalize(images):
     return (images.float() - mean) / std
 
 
-def read_image(path):
-    """Any picture that Pillow reads (grey, palette, alpha too) -> RGB Pillow image."""
+def read_picture(path):
+    """Any file that Pillow reads -> Pillow image. Raises OSError naming a file that is broken."""
     try:
-        return Image.open(path).convert("RGB")
+        picture = Image.open(path)
+        picture.load()
+        return picture
     except OSError as error:
         raise OSError(f"{path}: cannot be read as a picture ({error}); copy it anew") from error
+
+
+def read_image(path):
+    """Any picture (grey, palette, alpha too) -> RGB Pillow image, upright."""
+    return ImageOps.exif_transpose(read_picture(path)).convert("RGB")
 
 
 def read_label(path):
     """A PNG of label ids -> Pillow image of label ids. Raises ValueError for any other picture."""
-    try:
-        label = Image.open(path)
-        label.load()
-    except OSError as error:
-        raise OSError(f"{path}: cannot be read as a picture ({error}); copy it anew") from error
-    if label.mode not in ("L", "P"):
+    label = read_picture(path)
+    if label.mode != "L":
         raise ValueError(f"{path}: holds {label.mode} pixels, not 8-bit label ids; "
                          "use the *_gtFine_labelIds.png files")
-    wrong = [value for value in range(34, 255) if label.histogram()[value]]     # 255 is id -1
+    counts = label.histogram()
+    wrong = [value for value in range(34, 255) if counts[value]]        # 255 is label id -1
     if wrong:
         raise ValueError(f"{path}: holds the values {wrong[:5]}, which no Cityscapes label has "
                          "(label ids are 0 ... 33)")
@@ -102,9 +107,10 @@ class Cityscapes(torch.utils.data.Dataset):
         self.images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         if not self.images:
             raise FileNotFoundError(
-                f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png: unpack "
-                "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip (cityscapes-dataset.com) "
-                f"into {root}, which then holds leftImg8bit/ and gtFine/")
+                f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png: name the "
+                "folder that holds leftImg8bit/ and gtFine/ with --data or $CITYSCAPES_DATASET; "
+                "they come from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
+                "(cityscapes-dataset.com)")
         self.frames = [f.name.removesuffix("_leftImg8bit.png") for f in self.images]
         self.labels = [root / "gtFine" / split / f.parent.name / f"{name}_gtFine_labelIds.png"
                        for f, name in zip(self.images, self.frames)]
@@ -119,8 +125,8 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))  # one epoch; items go on for ever
+    def __iter__(self):                             # one epoch, where items have no end
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, k):
         epoch, index = divmod(k, len(self))
@@ -144,7 +150,7 @@ class Cityscapes(torch.utils.data.Dataset):
         return image, label
 
     def paste_rare(self, image, label, rng):
-        """CopyBlob one rare class from some other frame that has it."""
+        """CopyBlob one rare class from a frame that has it."""
         names = [name for name in CARRIER if self.pixels[:, TRAIN_ID[name]].any()]
         if not names:
             return image, label
@@ -163,7 +169,8 @@ def augment(image, label, crop, rng):
     (h, w), (width, height) = crop, image.size
     scale = 2 ** rng.triangular(-1, 0, 1)           # as often enlarged as shrunk, mostly a little
     spare_x, spare_y = width - w / scale, height - h / scale    # negative: the box is larger
-    x, y = rng.uniform(min(0, spare_x), max(0, spare_x)), rng.uniform(min(0, spare_y), max(0, spare_y))
+    x = rng.uniform(min(0, spare_x), max(0, spare_x))
+    y = rng.uniform(min(0, spare_y), max(0, spare_y))
     box = max(0, x), max(0, y), min(width, x + w / scale), min(height, y + h / scale)
     left, top, right, bottom = (round((b - o) * scale) for b, o in zip(box, (x, y, x, y)))
     size = max(1, right - left), max(1, bottom - top)
@@ -182,7 +189,7 @@ def augment(image, label, crop, rng):
 def jitter(image, rng):
     """Brightness, contrast (about mid-grey) and saturation, each x 0.75 ... 1.25, as one matrix."""
     brightness, contrast, saturation = rng.uniform(0.75, 1.25, 3)
-    grey = np.full((3, 1), 1) * [0.299, 0.587, 0.114]           # each row weighs R, G, B by eye
+    grey = np.ones((3, 1)) * [0.299, 0.587, 0.114]              # three rows of luma weights
     matrix = np.empty((3, 4))
     matrix[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * grey)
     matrix[:, 3] = brightness * (1 - contrast) * 128
@@ -192,21 +199,21 @@ def jitter(image, rng):
 # -------------------------------------------------------------------------------- CopyBlob
 
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
-HORIZON = 0.42                                      # of Cityscapes' frames, from the top
+HORIZON = 0.42                                      # share of the frame above it, about
 
 
 def copy_blob(image, label, donor_image, donor_label, name, rng):
     """CopyBlob: paste a blob of the rare class `name` onto the class that carries it (CARRIER).
 
     image, donor_image: RGB Pillow images; labels: Pillow images of label ids -> image, label.
-    The blob is one connected range of the donor's columns. Its foot lands on a random pixel of
-    the carrier, and it is resized by what perspective asks: height grows linearly with the
-    foot's distance below the horizon. What would lie outside of the frame is clipped. Returns
-    the input where there is no place for it.
+    The blob is what the class fills in one unbroken range of the donor's columns. Its foot
+    lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
+    linearly with the foot's distance below the horizon. What would lie outside of the frame is
+    clipped. Returns the input where there is no place for it.
     """
     mask = np.asarray(donor_label) == CLASSES[TRAIN_ID[name]].label_id
-    edges = np.flatnonzero(np.diff(mask.any(0), prepend=False, append=False))
-    ranges = edges.reshape(-1, 2)                               # [start, stop) of each blob
+    edges = np.diff(mask.any(0), prepend=False, append=False)   # True where a range starts, stops
+    ranges = np.flatnonzero(edges).reshape(-1, 2)               # [start, stop) of each blob
     ys, xs = np.nonzero(np.asarray(label) == CLASSES[TRAIN_ID[CARRIER[name]]].label_id)
     if not len(ranges) or not len(ys):
         return image, label
@@ -222,8 +229,8 @@ def copy_blob(image, label, donor_image, donor_label, name, rng):
     size = round((box[2] - box[0]) * scale), round((box[3] - box[1]) * scale)
     if not 0.25 < scale < 4 or min(size) < 2:
         return image, label
-    blob_mask = Image.fromarray(mask).resize(size, Image.NEAREST, box)
-    blob = donor_image.resize(size, Image.BILINEAR, box)
+    blob = donor_image.crop(box).resize(size, Image.BILINEAR)
+    blob_mask = Image.fromarray(mask).crop(box).resize(size, Image.NEAREST)
     corner = int(foot_x - size[0] // 2), int(foot_y - size[1])
     image, label = image.copy(), label.copy()
     image.paste(blob, corner, blob_mask)
@@ -244,12 +251,13 @@ def class_pixels(dataset):
     stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in labels]
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
     cache = root / f"class_pixels_{dataset.split}.npz"
-    try:
-        saved = np.load(cache)
-        if str(saved["fingerprint"]) == fingerprint:
-            return saved["pixels"]
-    except (OSError, KeyError, ValueError):
-        pass                                        # no cache, or a broken one: count
+    if cache.exists():
+        try:
+            with np.load(cache) as saved:
+                if str(saved["fingerprint"]) == fingerprint:
+                    return saved["pixels"]
+        except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+            pass                                    # a broken cache: count
     print(f"counting the pixels of each class in {len(labels)} labels, once", flush=True)
     with ThreadPoolExecutor() as pool:              # Pillow decodes outside of Python's lock
         histograms = list(pool.map(lambda f: read_label(f).histogram(), labels))
@@ -273,6 +281,8 @@ def class_weights(pixels, scheme):
     if scheme == "none":
         return None
     total = pixels.sum(0)
+    if not total.any():
+        raise ValueError("no training label holds any of the 19 classes: no weights from that")
     if scheme == "enet":
         return torch.tensor(1 / np.log(1.02 + total / total.sum()), dtype=torch.float32)
     if scheme != "median":
@@ -295,11 +305,14 @@ WIDTH, HEIGHT = 256, 128                            # of a frame, in pixels
 IDS = {"ego vehicle": 1, "static": 4, **{c.name: c.label_id for c in CLASSES}}
 # Colours to choose from; classes share them on purpose: only shape and place tell them apart.
 PAINT, STONE = "e1e1dc 969ba0 2d2f34 962826 324b82 bea046", "aa9678 8c5c4c 828282 c3b9a5 625c5a"
-CLOTH = "2d303c 8c322d 3c5082 aaa59b 5a5f3c 191a1c"
-TONES = dict(paint=PAINT, load=PAINT, shirt=CLOTH, trousers=CLOTH, stone=STONE, brick=STONE,
+CLOTH = "2d303c b43c32 3c64b4 d2cdbe 6e8c3c"
+TONES = dict(paint=PAINT, load="e1e1dc 969ba0 324b82", bus="c32d2d bea046 e1e1dc",
+             tram="4b8c5a bea046 c32d2d", shirt=CLOTH, vest="d7b432 c85a28 8c322d",
+             trousers=CLOTH, stone=STONE, brick="8c5c4c 7a4a3c aa9678",
              green="4b5f32 3c5537 64693c 70643c", bark="4b4034", road="646468 767370 54545a",
-             metal="34363a 585b5d", air="cdd2d7 96b9e1 a5a5a8", skin="d7aa91 785541", dark="18181c",
-             glass="303842 555f69", plate="c32d2d 2d55a5 d7b432", pale="e1e1dc",
+             metal="34363a 585b5d", grey="b9bec3 a0a5aa 50545a", plank="b4a08c 7a8c78 e1e1dc",
+             grass="6e8c46 78823c 64693c", air="cdd2d7 96b9e1 a5a5a8", skin="d7aa91 785541",
+             dark="18181c", glass="303842 555f69", plate="c32d2d 2d55a5 d7b432", pale="e1e1dc",
              lamp="ebe6c8 aa1e1e", stop="f53228", go="46eb82")
 # Flat things in centimetres: label, then strokes back to front: colour, line width (0: filled),
 # corners right and up (or, for a disc, its middle and its radius).
@@ -310,9 +323,9 @@ FLAT = dict(
             "paint 8 0 36 -55 36 -20 85 40 85 0 36 -20 95",
     motorcycle="motorcycle; dark 0 -70 36 37; dark 0 70 36 37; metal 0 -70 25 35 20 50 70 -30 70;"
                "paint 0 -105 100 -90 65 50 55 75 100 30 110 -20 85; metal 12 70 34 45 120 25 120",
-    rider="rider; trousers 22 -22 95 22 75 5 30; shirt 0 -36 88 -8 85 28 150 -5 158;"
-          "shirt 14 12 142 15 115 40 115; plate 0 20 178 17; skin 0 23 169 14",
-    lamp="pole; metal 30 0 0 0 700; metal 20 0 700 160 720", post="pole; metal 22 0 0 0 280",
+    rider="rider; trousers 22 -22 95 22 75 5 30; vest 0 -36 88 -8 85 28 150 -5 158;"
+          "vest 14 12 142 15 115 40 115; plate 0 20 178 17; skin 0 23 169 14",
+    lamp="pole; grey 34 0 0 0 700; grey 22 0 700 160 720", post="pole; grey 28 0 0 0 280",
     light="traffic light; dark 0 -35 240 35 240 35 420 -35 420; stop 0 0 385 22; metal 0 0 330 22;"
           "go 0 0 275 22",
     triangle="traffic sign; plate 0 -60 230 60 230 0 335; pale 0 -33 245 33 245 0 305",
@@ -326,34 +339,36 @@ SOLID = dict(
          (.76, -1.6, 1.1, .95, 1.5, "paint", ("glass", 1, 1.42, 2, 1, 1, .8))],
     truck=[(1.15, 2.1, 3.9, .6, 2.7, "paint", ("glass", 1.6, 2.5, 1, 1, 1, .8), WHEELS, LAMPS),
            (1.25, -3.9, 1.8, .6, 3.6, "load", WHEELS, LAMPS)],
-    bus=[(1.3, -5.5, 5.5, .35, 3.1, "paint", ("glass", 1.5, 2.7, 6, 1, 1, .85), WHEELS, LAMPS)],
-    train=[(1.3, mid - 5.8, mid + 5.8, .2, 3.5, "paint", ("load", .8, 1.3, 1, 0, 1, 1),
+    bus=[(1.3, -5.5, 5.5, .35, 3.1, "bus", ("glass", 1.5, 2.7, 6, 1, 1, .85), WHEELS, LAMPS)],
+    train=[(1.3, mid - 5.8, mid + 5.8, .2, 3.5, "tram", ("load", .8, 1.3, 1, 0, 1, 1),
             ("glass", 1.6, 2.9, 7, 1, 1, .75), LAMPS) for mid in (-12, 0, 12)],
     wall=[(.2, -5.2, 5.2, 0, 2, "stone", ("brick", 0, 1.8, 12, 1, 5, .88))],
-    fence=[(.01, -5.2, 5.2, 0, 1.9, None, ("metal", 0, 1.9, 17, 1, 1, .2),
-            ("metal", .1, .25, 1, 1, 1, 1), ("metal", 1.6, 1.75, 1, 1, 1, 1))],
+    fence=[(.01, -5.2, 5.2, 0, 2.2, None, ("plank", 0, 2.2, 16, 1, 1, .62),
+            ("plank", .2, .5, 1, 1, 1, 1), ("plank", 1.5, 1.8, 1, 1, 1, 1))],
     static=[(.4, -.35, .35, 0, 1.2, "paint", ("dark", .8, 1, 1, 1, 1, .9))],
     **{f"building{n}": [(4.5, -5.5, 5.5, 0, 3.6 + 3.2 * n, "stone", ("glass", 0, 2.7, 2, 2, 1, .8),
                          ("glass", 3.2, 3.2 + 3.2 * n, 4, 3, n, .55))] for n in (1, 2, 3, 4, 5)})
 # What stands beside the road: how many a side, metres from the kerb and ahead, turn.
 BESIDE = {
-    "person": (2.2, .3, 2.4, 7, 20, 0, 0), "tree": (1.9, .5, 1, 10, 50, 0, 0),
-    "lamp": (.8, .2, .6, 8, 22, 0, 0), "post light": (.5, .2, .6, 8, 20, 0, 0),
-    "post disc": (.3, .2, .6, 7, 18, 0, 0), "post triangle": (.3, .2, .6, 7, 18, 0, 0),
-    "post board": (.25, .2, .6, 8, 22, 0, 0), "static": (.3, .4, 2, 7, 16, 0, 0),
-    "bicycle": (.2, .5, 1.5, 6, 12, .8, 2.3), "bicycle rider": (.22, -2.5, -.5, 6, 13, .8, 2.3),
-    "motorcycle": (.12, .5, 1.5, 6, 12, .8, 2.3),
-    "motorcycle rider": (.18, -2.5, -.5, 6, 13, .8, 2.3)}
+    "person": (1.4, .3, 2.2, 5, 12, 0, 0), "tree": (1.9, .5, 1, 10, 50, 0, 0),
+    "lamp": (.7, .2, .6, 7, 18, 0, 0), "post light": (.5, .2, .6, 7, 16, 0, 0),
+    "post disc": (.25, .2, .6, 7, 16, 0, 0), "post triangle": (.25, .2, .6, 7, 16, 0, 0),
+    "post board": (.2, .2, .6, 8, 18, 0, 0), "static": (.2, .4, 2, 7, 14, 0, 0),
+    "bicycle": (.22, .5, 1.5, 5, 10, .8, 2.3), "bicycle rider": (.22, -2.5, -.5, 5, 10, .8, 2.3),
+    "motorcycle": (.13, .5, 1.5, 5, 10, .8, 2.3),
+    "motorcycle rider": (.18, -2.5, -.5, 5, 10, .8, 2.3)}
 # Strength of fine, middling and coarse texture; classes not named have (3, 2, 3).
 TEXTURE = dict(road=(5, 3, 6), sidewalk=(5, 4, 6), building=(4, 4, 6), wall=(6, 6, 6),
                vegetation=(16, 14, 10), terrain=(13, 6, 8), sky=(1, 1, 5))
 
 
 def rectangle(u0, u1, v0, v1):
+    """The corners of a rectangle."""
     return [(u0, v0), (u1, v0), (u1, v1), (u0, v1)]
 
 
 def oval(u, v, ru, rv, n=12):
+    """An ellipse around (u, v) as n corners."""
     angles = [2 * math.pi * i / n for i in range(n + 1)]
     return [(u + ru * math.cos(a), v + rv * math.sin(a)) for a in angles]
 
@@ -475,10 +490,10 @@ def draw_scene(rng):
     canvas, things = Canvas(rng), []
     def put(layer, x, z, name, turn=0.0):
         things.append((layer, -float(z), float(x), turn, str(name)))
-    lane, track = rng.uniform(2.8, 3.6), rng.random() < .2
+    lane, track = rng.uniform(2.8, 3.6), rng.random() < .25
     shady = rng.choice([-1, 0, 1])      # the side whose houses throw their shadow on the street
     curbs = {-1: -lane * rng.choice([1.5, 2.2]) - .3, 1: lane * .5 + rng.choice([.5, 2.4])}
-    strip(canvas, -60, 60, "terrain", "green")
+    strip(canvas, -60, 60, "terrain", "grass")
     strip(canvas, curbs[-1], curbs[1], "road", "road")
     for x in np.arange(curbs[-1] + lane, curbs[1] - 1, lane):
         for z in range(4, 60, 6):
@@ -490,14 +505,14 @@ def draw_scene(rng):
     for side, curb in curbs.items():
         inner = curb + side * rng.choice([0, rng.uniform(.8, 1.8)], p=[.75, .25])   # a verge
         edge = inner + side * rng.uniform(2.2, 3.5)
-        strip(canvas, curb, inner, "terrain", "green")
-        strip(canvas, inner, edge, "sidewalk", "road", rng.uniform(.9, 1.4))
+        strip(canvas, curb, inner, "terrain", "grass")
+        strip(canvas, inner, edge, "sidewalk", "road", rng.uniform(1.15, 1.5))
         strip(canvas, inner, inner + side * .15, None, "pale", .8, .6)
         for z in range(4, 30, 2):
             canvas.paint(2, 0, [(inner, z), (edge, z)], None, "dark", 1, .05, .4)
         if side == shady:
             strip(canvas, edge, curb - side * rng.uniform(-1, 3), None, "dark", 1, .45)
-        limit = rng.choice(["", "wall", "fence"], p=[.75, .12, .13])
+        limit = rng.choice(["", "wall", "fence"], p=[.66, .17, .17])
         back = edge + side * rng.choice([2, 4] if limit else [0, 0, 2])
         for z in np.arange(rng.uniform(3, 8), 80, 11.5):
             if rng.random() < .63:
@@ -514,8 +529,8 @@ def draw_scene(rng):
             if rng.random() < .58:
                 put(2, curb - side * 1.1, z, "car", rng.normal(0, .04))
     left, ahead = rng.choice(["car", "truck", "bus"], 2, p=[.72, .13, .15])
-    put(2, 0, rng.uniform(10, 22), ahead)
-    put(2, -lane, rng.uniform(9, 20), "train" if track and rng.random() < .8 else left)
+    put(2, 0, rng.uniform(12, 24), ahead)
+    put(2, -lane, rng.uniform(11, 22), "train" if track and rng.random() < .8 else left)
     for layer, z, x, turn, name in sorted(things):
         canvas.move(x, -z, turn)
         if name in ("tree", "bush"):
@@ -541,10 +556,10 @@ def develop(image, label, rng):
         coarse = rng.normal(0, 1, (HEIGHT // scale + 2, WIDTH // scale + 2)).astype(np.float32)
         grain = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.BILINEAR)
         image = image + (amount * np.asarray(grain))[..., None]
-    light = rng.uniform(.75, 1.15) * (1 + rng.normal(0, .03, 3))
+    light = rng.uniform(.78, 1.12) * (1 + rng.normal(0, .03, 3))
     light = light * np.linspace(1, rng.uniform(.8, 1.1), HEIGHT)[:, None, None]
     image = 255 * (image.clip(0, 255) / 255 * light).clip(0, 1) ** rng.uniform(.85, 1.15)
-    image += rng.normal(0, rng.uniform(2, 5), image.shape)
+    image += rng.normal(0, rng.uniform(1, 3.5), image.shape)
     return image.clip(0, 255).astype(np.uint8), label
 
 
@@ -558,7 +573,7 @@ def make_scenes(root, train=200, val=50, seed=0):
     if (root / SCENES_MARK).exists():
         return
     if root.exists():
-        raise FileExistsError(f"{root}: is there, but holds no generated scenes; remove or rename it")
+        raise FileExistsError(f"{root}: is there, but holds no generated scenes; rename it")
     print(f"drawing {train + val} street scenes into {root}, once (about 15 s)", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root.parent, prefix=".scenes-") as folder:

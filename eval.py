@@ -37,8 +37,11 @@ def pick_device(name="auto"):
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no CUDA device; use --device cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used here ({reason}); try cpu") from error
     return torch.device(name)
 
 
@@ -104,11 +107,10 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
     loader = torch.utils.data.DataLoader(dataset, 1, num_workers=workers)
     for i, (image, label) in enumerate(progress(loader, "evaluating")):
-        image = image.to(device, non_blocking=True)
-        prediction = predict(model, image, dtype, tta)
+        prediction = predict(model, image.to(device), dtype, tta)
         matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
         if visit:
-            visit(i, image[0].cpu(), label[0], prediction[0].cpu())
+            visit(i, image[0], label[0], prediction[0].cpu())
     return matrix.cpu()
 
 
@@ -125,11 +127,11 @@ def load_checkpoint(path, device):
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py writes best.pt")
     except Exception as error:
-        reason = str(error).split("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a checkpoint that this train.py wrote ({reason})") from error
     model.to(device, memory_format=torch.channels_last).eval()
     settings = {**settings, "epoch": saved["epoch"], "val_miou": saved["miou"]}
-    return Checkpoint(str(path), "", model, settings)
+    return Checkpoint(str(path), Path(path).resolve().parent.name, model, settings)
 
 
 # ------------------------------------------------------------------------------- in numbers
@@ -167,7 +169,8 @@ def table(result):
     lines = [f"{'worst first':14s}   IoU   Dice  pixels  most confused with"]
     for name, c in rows:
         confused = c["most_confused"]
-        text = f"{confused['with']} ({confused['share_of_union']:.0%} of its union)" if confused else "-"
+        text = (f"{confused['with']} ({confused['share_of_union']:.0%} of its union)"
+                if confused else "-")
         lines.append(f"{name:14s} {number(c['iou'])}  {number(c['dice'])}  "
                      f"{c['pixels'] / total:6.2%}  {text}")
     scored = f"mean of {result['classes_scored']} classes"
@@ -193,30 +196,21 @@ def comparison(names, results):
 TILE, FONT = 512, ImageFont.load_default(15)        # width of one picture in a panel, in pixels
 
 
-def colored(ids):
-    """Train ids H x W -> RGB array in the colours of Cityscapes, ignored pixels black."""
-    return PALETTE[np.asarray(ids)]
-
-
-def overlay(image, ids):
-    """The image with its classes' colours laid over it, half and half: uint8 H x W x 3."""
-    return (image // 2 + colored(ids) // 2).astype(np.uint8)
-
-
-def panel(rows, titles, legend=True):
-    """Rows of equal pictures, uint8 H x W x 3, below their titles, above a legend of the classes."""
+def panel(rows, titles):
+    """Rows of equal pictures, uint8 H x W x 3, below their titles and above a legend."""
     height = max(1, round(TILE * rows[0][0].shape[0] / rows[0][0].shape[1]))
-    columns, key = len(rows[0]), 28 * -(-len(CLASSES) // (4 * len(rows[0]))) if legend else 0
+    columns = len(rows[0])
+    key = 28 * -(-len(CLASSES) // (4 * columns))        # height of the legend, 4 to a column
     sheet = Image.new("RGB", (TILE * columns, 26 + height * len(rows) + key), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
         draw.text((x * TILE + 6, 4), title, "black", FONT)
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((TILE - 4, height - 4), Image.BILINEAR
-                                                   if picture.shape[1] > TILE else Image.NEAREST)
+            sharp = Image.NEAREST if picture.shape[1] < TILE else Image.BILINEAR
+            tile = Image.fromarray(picture).resize((TILE - 4, height - 4), sharp)
             sheet.paste(tile, (x * TILE + 2, 26 + y * height))
-    for i, c in enumerate(CLASSES if legend else ()):
+    for i, c in enumerate(CLASSES):
         x, y = i % (4 * columns) * TILE // 4 + 6, sheet.height - key + 28 * (i // (4 * columns)) + 4
         draw.rectangle((x, y, x + 18, y + 18), c.color)
         draw.text((x + 24, y), c.name, "black", FONT)
@@ -224,16 +218,16 @@ def panel(rows, titles, legend=True):
 
 
 def truth_row(image, label, prediction):
-    """image | truth | prediction | errors: right pixels dark, wrong ones red, ignored ones black."""
+    """image | truth | prediction | errors: right pixels dark, wrong ones red, ignored black."""
     image, label, prediction = image.permute(1, 2, 0).numpy(), label.numpy(), prediction.numpy()
     errors = image // 3
     errors[(label != prediction) & (label != IGNORE)] = (255, 40, 40)
     errors[label == IGNORE] = 0
-    return [image, colored(label), colored(prediction), errors]
+    return [image, PALETTE[label], PALETTE[prediction], errors]
 
 
 def confusion_picture(matrix, title):
-    """The matrix with each row as percent of its class, darker for more; classes not there blank."""
+    """The matrix, each row in percent of its class, darker for more; absent classes blank."""
     cell, left, top = 44, 120, 130
     share = (matrix.double() / matrix.sum(1, keepdim=True)).numpy()
     sheet = Image.new("RGB", (left + cell * len(NAMES) + 10, top + cell * len(NAMES) + 10), "white")
@@ -241,9 +235,9 @@ def confusion_picture(matrix, title):
     draw.text((6, 6), title + "\nrows: truth, columns: prediction, % of the row", "black", FONT)
     for i, name in enumerate(NAMES):
         draw.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
-        upright = Image.new("RGB", (80, 20), "white")
-        ImageDraw.Draw(upright).text((0, 10), name, "black", ImageFont.load_default(12), anchor="lm")
-        sheet.paste(upright.rotate(90, expand=True), (left + cell * i + 12, top - 84))
+        upright = Image.new("RGB", (100, 20), "white")
+        ImageDraw.Draw(upright).text((0, 10), name, "black", FONT, anchor="lm")
+        sheet.paste(upright.rotate(90, expand=True), (left + cell * i + 12, top - 104))
         for j, p in enumerate(share[i]):
             if np.isnan(p):
                 continue
@@ -260,6 +254,11 @@ def confusion_picture(matrix, title):
 # ---------------------------------------------------------------------------------- the run
 
 
+def save_labels(ids, folder, frame):
+    """Write train ids as label ids under the name that the official scorer looks for."""
+    Image.fromarray(TRAIN_TO_LABEL[ids]).save(folder / f"{frame}_pred_labelIds.png")
+
+
 def score(ckpt, dataset, out, args):
     """Evaluate one checkpoint into the folder `out` -> (summary, the frames that are pictured)."""
     chosen = set(np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).astype(int))
@@ -269,8 +268,7 @@ def score(ckpt, dataset, out, args):
     def visit(i, image, label, prediction):
         pixels[:] += np.bincount(prediction.flatten(), minlength=len(CLASSES))
         if args.labels_out:
-            ids = Image.fromarray(TRAIN_TO_LABEL[prediction.numpy()])
-            ids.save(args.labels_out / f"{dataset.frames[i]}_pred_labelIds.png")
+            save_labels(prediction.numpy(), args.labels_out, dataset.frames[i])
         if i in chosen:
             pictured[i] = truth_row(image, label, prediction)
             titles = ["image", "truth", "prediction", "errors"]
@@ -291,7 +289,7 @@ def score(ckpt, dataset, out, args):
     confusion_picture(matrix, title).save(out / "confusion.png")
     print(table(result))
     if pixels.max() > 0.95 * pixels.sum():
-        print(f"WARNING: nearly every pixel is predicted as {NAMES[pixels.argmax()]}")
+        print(histogram(pixels))
     return result, pictured
 
 
@@ -307,9 +305,9 @@ def histogram(pixels):
 def picture_folder(ckpt, args):
     """Colour map and overlay of every picture in --images, and what they show."""
     files = sorted(f for f in args.images.iterdir()
-                   if f.suffix.lower() in Image.registered_extensions())
+                   if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif"))
     if not files:
-        raise FileNotFoundError(f"{args.images}: holds no pictures")
+        raise FileNotFoundError(f"{args.images}: holds no .png, .jpg, .webp, .bmp or .tif")
     args.out.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros(len(CLASSES), np.int64)
     for file in progress(files, "predicting"):
@@ -317,10 +315,10 @@ def picture_folder(ckpt, args):
         tensor = torch.from_numpy(image).permute(2, 0, 1)[None].to(args.device)
         ids = predict(ckpt.model, tensor, args.amp, args.tta)[0].cpu().numpy()
         pixels += np.bincount(ids.ravel(), minlength=len(CLASSES))
-        Image.fromarray(colored(ids)).save(args.out / f"{file.stem}_color.png")
-        Image.fromarray(overlay(image, ids)).save(args.out / f"{file.stem}_overlay.png")
+        Image.fromarray(PALETTE[ids]).save(args.out / f"{file.stem}_color.png")
+        Image.fromarray(image // 2 + PALETTE[ids] // 2).save(args.out / f"{file.stem}_overlay.png")
         if args.labels_out:
-            Image.fromarray(TRAIN_TO_LABEL[ids]).save(args.labels_out / f"{file.stem}_pred_labelIds.png")
+            save_labels(ids, args.labels_out, file.stem)
     print(f"{len(files)} pictures -> {args.out}/*_color.png, *_overlay.png\n{histogram(pixels)}")
 
 
@@ -334,13 +332,17 @@ def parse_args(argv=None):
     p.add_argument("--tta", action="store_true", help="average flipped and scaled copies")
     p.add_argument("--images", type=Path, help="a folder of any pictures, without labels")
     p.add_argument("--labels-out", type=Path, help="folder for labelIds PNGs at full size")
-    p.add_argument("--panels", type=int, default=6, help="how many frames to picture (default 6)")
+    p.add_argument("--panels", type=int, default=6, help="frames to picture, from 1 up (default 6)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best at hand)")
     p.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"])
-    p.add_argument("--workers", type=int, default=min(4, os.cpu_count()))
+    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
     args = p.parse_args(argv)
     args.device = pick_device(args.device)
     args.amp = pick_amp(args.amp, args.device)
+    if args.panels < 1:
+        p.error("--panels takes a number from 1 up")
+    if len(args.ckpt) > 1 and (args.images or args.labels_out or args.split == "test"):
+        p.error("--images, --labels-out and the test split take one --ckpt")
     return args
 
 
@@ -350,6 +352,8 @@ def main(argv=None):
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
     ckpts = [load_checkpoint(path, args.device) for path in args.ckpt]
+    if len({c.name for c in ckpts}) < len(ckpts):
+        ckpts = [c._replace(name=f"{i + 1}_{c.name}") for i, c in enumerate(ckpts)]
     if args.images:
         picture_folder(ckpts[0], args)
         return []
@@ -358,19 +362,18 @@ def main(argv=None):
     print(f"{len(dataset)} {args.split} frames of {args.data}, scored at full size", flush=True)
     results, pictures = [], []
     for ckpt in ckpts:
-        name = Path(ckpt.path).parent.name or "here"
         print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
               f"epoch {ckpt.settings['epoch']}")
-        result, pictured = score(ckpt, dataset, args.out / name if len(ckpts) > 1 else args.out, args)
+        out = args.out / ckpt.name if len(ckpts) > 1 else args.out
+        result, pictured = score(ckpt, dataset, out, args)
         results.append(result)
         pictures.append(pictured)
     if len(ckpts) > 1:
-        names = [str(Path(c.path).parent) for c in ckpts]
-        print("\n" + comparison(names, results))
+        print("\n" + comparison([c.name for c in ckpts], results))
         rows = [[*pictures[0][i][:2], *(p[i][2] for p in pictures)] for i in sorted(pictures[0])]
-        titles = ["image", "truth"] + [f"{n}: mIoU {number(r['miou'])}" for n, r in zip(names, results)]
-        panel(rows, titles).save(args.out / "comparison.png")
-    print(f"\npictures and metrics.json: {args.out}/")
+        titles = [f"{c.name}: mIoU {number(r['miou'])}" for c, r in zip(ckpts, results)]
+        panel(rows, ["image", "truth", *titles]).save(args.out / "comparison.png")
+    print(f"\npictures{'' if args.split == 'test' else ' and metrics.json'}: {args.out}/")
     return results
 
 
@@ -378,7 +381,7 @@ def command_line(main):
     """Run main(); what the user can mend ends in one line instead of a traceback."""
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         lines = str(error).strip().split("\n")      # a DataLoader worker's holds its traceback
         sys.exit(f"error: {lines[-1]}")
     except KeyboardInterrupt:

@@ -57,7 +57,7 @@ def dice(logits, target, weights):
     """
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     t = target.unsqueeze(1) == classes                              # N x C x H x W, void: all 0
-    p = logits.softmax(dim=1) * (target != IGNORE).unsqueeze(1)
+    p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
     overlap, truth = (p * t).sum((0, 2, 3)), t.sum((0, 2, 3))       # C
     score = 2 * overlap / (p.sum((0, 2, 3)) + truth).clamp_min(1e-6)
     w = weights * (truth > 0)
@@ -85,11 +85,13 @@ def build_loss(name, class_weights=None):
     def loss(logits, target):
         n, c, h, w = logits.shape
         if target.shape != (n, h, w):
-            raise ValueError(f"logits {tuple(logits.shape)} do not fit target {tuple(target.shape)}")
+            raise ValueError(f"target {tuple(target.shape)} does not fit logits {(n, c, h, w)}")
         if class_weights is None:
             weights = torch.ones(c, device=logits.device)
         else:
             weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
+        if len(weights) != c:
+            raise ValueError(f"{len(weights)} class weights do not fit logits of {c} classes")
         with torch.autocast(logits.device.type, enabled=False):
             return LOSSES[name](logits.float(), target, weights)
     return loss

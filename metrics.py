@@ -20,7 +20,7 @@ def confusion_matrix(prediction, target, num_classes=19):
     Raises ValueError for shapes that differ and for values out of range.
     """
     if prediction.shape != target.shape:
-        raise ValueError(f"prediction {tuple(prediction.shape)} is not target {tuple(target.shape)}")
+        raise ValueError(f"shapes differ: {tuple(prediction.shape)}, {tuple(target.shape)}")
     prediction, target = prediction.flatten().long(), target.flatten().long()
     counted = target != IGNORE
     for name, values in (("prediction", prediction), ("target", target)):

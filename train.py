@@ -21,12 +21,13 @@ import torch.distributed as dist
 from torch import nn
 
 import metrics
-from data import CLASSES, SCENES_MARK, Cityscapes, class_pixels, class_weights, make_scenes, normalize
+from data import (CLASSES, SCENES_MARK, Cityscapes, class_pixels, class_weights, make_scenes,
+                  normalize)
 from eval import autocast, command_line, evaluate, pick_amp, pick_device
 from losses import LOSSES, build_loss
 from unet import MODELS, PRETRAINED, build_model
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # of torchrun
+RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
 
 
 def wait_for_all():
@@ -47,8 +48,8 @@ def say(*words):
 def parse_args(argv=None):
     """The command line of train.py. With --resume, what is not given is as it was."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    p.add_argument("--data", help="Cityscapes' root (default: $CITYSCAPES_DATASET, else generated scenes)")
-    p.add_argument("--model", choices=MODELS, default="resnet34")
+    p.add_argument("--data", help="Cityscapes' root (default: $CITYSCAPES_DATASET, else scenes)")
+    p.add_argument("--model", choices=MODELS, help="default resnet34; for the scenes resnet18")
     p.add_argument("--loss", choices=LOSSES, default="ce")
     p.add_argument("--class-weights", choices=["none", "enet", "median"], default="none")
     p.add_argument("--copyblob", type=float, default=0.0, metavar="P",
@@ -56,7 +57,7 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=int)
     p.add_argument("--batch", type=int, help="frames a step, over all GPUs together")
     p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
-    p.add_argument("--lr", type=float, default=1e-3, help="AdamW's peak learning rate (default 1e-3)")
+    p.add_argument("--lr", type=float, help="AdamW's peak learning rate")
     p.add_argument("--encoder-lr", type=float, default=0.1,
                    help="factor on --lr for a pretrained encoder (default 0.1)")
     p.add_argument("--weight-decay", type=float, default=0.01)
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best at hand)")
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the network")
-    p.add_argument("--out", default=".", help="folder for best.pt, last.pt, log.csv (default: here)")
+    p.add_argument("--out", default=".", help="folder for best.pt, last.pt, log.csv (default .)")
     p.add_argument("--resume", metavar="LAST_PT", help="go on with the run of this last.pt")
     args = p.parse_args(argv)
     if args.resume:
@@ -80,9 +81,9 @@ def parse_args(argv=None):
 def find_data(args):
     """Settle args.data, and args.generated: whether the frames are drawn here instead of real."""
     args.data = args.data or os.environ.get("CITYSCAPES_DATASET")
-    if args.data is None:
+    if not args.data:
         args.data = "scenes"
-        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET names its root")
+        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
         if RANK == 0:
             make_scenes(args.data)
         wait_for_all()
@@ -101,18 +102,25 @@ def adapt(args, size, frames, device):
     height, width = size
     if args.crop is None:
         args.crop = [min(512, height), min(1024, width)]
+    if args.model is None:
+        args.model = "resnet18" if args.generated else "resnet34"
     if args.batch is None:
-        args.batch = 8 if gpu else 4
+        args.batch = 8 if gpu else 2 if args.generated else 4
     if args.batch > frames:
+        say(f"only {frames} training frames: a batch of {frames}, not {args.batch}")
         args.batch = frames
-    if args.epochs is None:
-        args.epochs = 16 if args.generated else 200
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if gpu else 0     # a CPU is busy enough
     if args.pretrained is None:
         args.pretrained = args.model in PRETRAINED and not args.generated
+    if args.lr is None:
+        args.lr = 1e-3 if args.pretrained else 2e-3
+    if args.epochs is None:
+        args.epochs = 12 if args.generated else 200
+    if args.workers is None:
+        args.workers = min(8, os.cpu_count() or 1) if gpu else 0     # a CPU is busy enough
+    if min(args.batch, args.epochs, *args.crop) < 1:
+        raise ValueError("--batch, --epochs and --crop take numbers from 1 up")
     if args.batch % WORLD:
-        raise ValueError(f"--batch {args.batch} cannot be shared by {WORLD} GPUs")
+        raise ValueError(f"a batch of {args.batch} cannot be shared equally by {WORLD} processes")
 
 
 # ---------------------------------------------------------------------------- the long middle
@@ -121,8 +129,8 @@ def adapt(args, size, frames, device):
 class FrameOrder(torch.utils.data.Sampler):
     """The frames of one epoch in random order, as items epoch * frames + index of the dataset.
 
-    Only whole batches (a last batch of one frame would break BatchNorm). Each process takes
-    every WORLD-th item, so all together see the same batch whatever WORLD is.
+    Only whole batches, as BatchNorm cannot do with a last one of one frame. Each process takes
+    every WORLD-th item, so all together see the same frames whatever WORLD is.
     """
 
     def __init__(self, frames, batch, seed):
@@ -143,7 +151,8 @@ def parameter_groups(model, args):
     for name, p in model.named_parameters():
         factor = args.encoder_lr if args.pretrained and name.startswith("encoder.") else 1.0
         groups.setdefault((factor, p.ndim > 1), []).append(p)
-    return [{"params": params, "peak_lr": args.lr * factor, "weight_decay": args.weight_decay * decays}
+    return [{"params": params, "peak_lr": args.lr * factor,
+             "weight_decay": args.weight_decay * decays}
             for (factor, decays), params in groups.items()]
 
 
@@ -182,7 +191,7 @@ def train_epoch(net, loader, loss_function, optimizer, scaler, args, epoch, devi
         if i % 20 == 19 or i == steps - 1:          # reading the loss waits for the GPU: seldom
             mean, rate = total.item() / (i + 1), (i + 1) * args.batch / (time.time() - start)
             if not np.isfinite(mean):
-                raise FloatingPointError("the loss is not finite any more: try a lower --lr, or --amp off")
+                raise FloatingPointError("the loss is not finite: lower --lr, or --amp off")
             if RANK == 0 and sys.stdout.isatty():
                 print(f"\r\033[Kepoch {epoch + 1}/{args.epochs}  step {i + 1}/{steps}  "
                       f"loss {mean:.3f}  {rate:.1f} images/s ", end="", flush=True)
@@ -238,7 +247,7 @@ def set_up_data(args, device):
     find_data(args)
     val_set, train_set = Cityscapes(args.data, "val"), Cityscapes(args.data, "train")
     adapt(args, val_set[0][1].shape, len(train_set), device)
-    if args.copyblob and RANK == 0:
+    if RANK == 0 and (args.copyblob or args.class_weights != "none"):
         class_pixels(train_set)                     # counted and cached before the others ask
     wait_for_all()
     train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed)
@@ -261,7 +270,7 @@ def set_up_loss(args, train_set, device):
 
 def validate(model, val_set, device, dtype, workers):
     """The confusion matrix of the whole split, of which each process takes a share."""
-    if WORLD > 1:                                   # BatchNorm's averages differ between processes
+    if WORLD > 1:                                   # BatchNorm's averages are each process's own
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     share = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD))
@@ -272,14 +281,38 @@ def validate(model, val_set, device, dtype, workers):
     return matrix.cpu()
 
 
+LINE = ("loss {loss:.3f}  lr {lr:.1e}  pixel acc {pixel_accuracy:.3f}  mIoU {miou:.3f}  "
+        "Dice {mean_dice:.3f}  {images_per_s:.1f} img/s  data wait {data_wait:.0%}")
+
+
+def summary(matrix, **row):
+    """A row of log.csv: `row`, and the scores of a confusion matrix."""
+    iou = metrics.iou(matrix)
+    return {**row, "pixel_accuracy": metrics.pixel_accuracy(matrix).item(),
+            "miou": iou.nanmean().item(), "mean_dice": metrics.dice(matrix).nanmean().item(),
+            **{f"iou {c.name}": i.item() for c, i in zip(CLASSES, iou)}}
+
+
+def restore(path, model, optimizer, scaler):
+    """Load a last.pt into the three -> (rows of the log so far, best mIoU so far)."""
+    last = load_last(path)
+    model.load_state_dict(last["model"])
+    peaks = [(g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    optimizer.load_state_dict(last["optimizer"])
+    for group, (peak, decay) in zip(optimizer.param_groups, peaks):     # as the command line says
+        group["peak_lr"], group["weight_decay"] = peak, decay
+    scaler.load_state_dict(last["scaler"])
+    return last["log"], last["best"]
+
+
 def main(argv=None):
     """Run one command line, sys.argv by default -> the rows of log.csv."""
     args = parse_args(argv)
     out = Path(args.out)
     taken = [name for name in ("best.pt", "last.pt", "log.csv") if (out / name).exists()]
-    if taken and not args.resume:
-        raise ValueError(f"{out.resolve()} holds the {', '.join(taken)} of another run: go on with it "
-                         f"(--resume {out / 'last.pt'}) or name another folder (--out)")
+    if taken and not (args.resume and Path(args.resume).resolve().parent == out.resolve()):
+        raise ValueError(f"{out.resolve()} holds the {', '.join(taken)} of another run: go on with "
+                         f"it (--resume {out / 'last.pt'}) or name another folder (--out)")
     device, dtype = set_up_device(args)
     loader, val_set = set_up_data(args, device)
     loss_function = set_up_loss(args, loader.dataset, device)
@@ -291,45 +324,41 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     rows, best = [], -1.0
     if args.resume:
-        last = load_last(args.resume)
-        model.load_state_dict(last["model"])
-        optimizer.load_state_dict(last["optimizer"])
-        scaler.load_state_dict(last["scaler"])
-        rows, best = last["log"], last["best"]
+        rows, best = restore(args.resume, model, optimizer, scaler)
     net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     net = torch.compile(net) if args.compile else net
     out.mkdir(parents=True, exist_ok=True)
     say(f"{args.model}{' (ImageNet weights)' if args.pretrained else ''}, loss {args.loss}, "
-        f"{len(loader.dataset)} frames, {len(val_set)} to validate, crop {args.crop[0]} x {args.crop[1]}, "
-        f"batch {args.batch}, {args.epochs} epochs from {len(rows)}, {device} {dtype or torch.float32}")
+        f"{len(loader.dataset)} frames, {len(val_set)} to validate, "
+        f"crop {args.crop[0]} x {args.crop[1]}, batch {args.batch}, {args.epochs} epochs, "
+        f"{device} {dtype or torch.float32}{f', from epoch {len(rows) + 1}' if rows else ''}")
 
     started, first = time.time(), len(rows)
     for epoch in range(first, args.epochs):
         loader.sampler.epoch = epoch
-        torch.manual_seed(hash((args.seed, epoch)))             # a resumed run draws the same
+        torch.manual_seed(hash((args.seed, epoch, RANK)))       # a resumed run draws the same
         loss, rate, waiting = train_epoch(
             net, loader, loss_function, optimizer, scaler, args, epoch, device, dtype)
         matrix = validate(model, val_set, device, dtype, args.workers)
-        iou = metrics.iou(matrix)
-        row = {"epoch": epoch + 1, "loss": loss, "lr": optimizer.param_groups[-1]["lr"],
-               "pixel_accuracy": metrics.pixel_accuracy(matrix).item(), "miou": iou.nanmean().item(),
-               "mean_dice": metrics.dice(matrix).nanmean().item(), "images_per_s": rate,
-               "data_wait": waiting, "seconds": time.time() - started}
-        left = row["seconds"] / (epoch + 1 - first) * (args.epochs - epoch - 1)
-        say(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.3f}  lr {row['lr']:.1e}  "
-            f"pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
-            f"Dice {row['mean_dice']:.3f}  {rate:.1f} img/s  data wait {waiting:.0%}  "
-            f"left {left // 60:.0f}m{left % 60:02.0f}s")
-        rows.append({**row, **{f"iou {c.name}": i.item() for c, i in zip(CLASSES, iou)}})
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        seconds = time.time() - started
+        rows.append(summary(matrix, epoch=epoch + 1, loss=loss, lr=lr, images_per_s=rate,
+                            data_wait=waiting, seconds=seconds))
+        left = seconds / (epoch + 1 - first) * (args.epochs - epoch - 1)
+        say(f"epoch {epoch + 1}/{args.epochs}  " + LINE.format(**rows[-1])
+            + f"  left {left // 60:.0f}m{left % 60:02.0f}s")
         if RANK == 0:
+            miou = rows[-1]["miou"]
             state = {"model": model.state_dict(), "settings": vars(args), "epoch": epoch + 1,
-                     "miou": row["miou"]}
-            if row["miou"] > best:
+                     "miou": miou}
+            if miou > best:
                 save(state, out / "best.pt")
-            best = max(best, row["miou"])
+            best = max(best, miou)
             save({**state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                   "log": rows, "best": best}, out / "last.pt")
             write_log(rows, out / "log.csv")
+    if WORLD > 1:
+        dist.destroy_process_group()
     say(f"best validation mIoU {best:.3f}; now: python eval.py --ckpt {out / 'best.pt'}")
     return rows
 

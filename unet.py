@@ -190,7 +190,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """An encoder and a decoder of residual blocks, one for each of the encoder's strides.
+    """An encoder, and a decoder of residual blocks, one for each skip.
 
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W: the image is padded
     with zeros (the mean colour, once normalised) to whole multiples of 32, and cropped back.
@@ -209,7 +209,7 @@ class UNet(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        padded = F.pad(x, (0, -width % 32, 0, -height % 32))
+        padded = F.pad(x, (0, -width % 32, 0, -height % 32))     # -w % 32: what w lacks
         *skips, x = self.encoder(padded)
         for up, skip in zip(self.ups, reversed(skips)):
             x = up(x, skip)
@@ -239,7 +239,7 @@ class ConvUNeXtBlock(nn.Module):
 
 
 class GatedUp(nn.Module):
-    """One step up through an LSTM-like gate on the skip (ConvUNeXt, sec. 3.3).
+    """One step up through an LSTM-like gate on the skip (ConvUNeXt).
 
     N x C x H x W, and the skip N x C x H' x W' (about twice as large) -> N x out x H' x W'
     """
@@ -311,8 +311,8 @@ class ConvUNeXt(nn.Module):
     def forward(self, x):
         height, width = x.shape[-2:]
         x = F.pad(x, (0, max(0, 64 - width), 0, max(0, 64 - height)), mode="replicate")
-        x1 = self.in_conv(x)                        # the digit counts halvings: x1 has stride 1,
-        x2 = self.down1(x1)                         # x5 has stride 16
+        x1 = self.in_conv(x)                        # strides: x1 1, x2 2, x3 4, x4 8, x5 16
+        x2 = self.down1(x1)
         x3 = self.down2(x2)
         x4 = self.down3(x3)
         x5 = self.down4(x4)
@@ -346,13 +346,13 @@ def load_imagenet(encoder, name):
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
-        state = state.get("model", state)           # ConvNeXt's file wraps its weights
-        head = ("fc.", "norm.", "head.")            # the classifier, which a U-Net has no use for
-        encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
     except Exception as error:                      # no network, no room, a broken file, ...
         reason = str(error).split("\n")[0]
-        raise OSError(f"no ImageNet weights from {url} ({type(error).__name__}: {reason}): put the "
-                      f"file into {folder} by hand, or do without: --no-pretrained") from error
+        raise OSError(f"no ImageNet weights from {url} ({type(error).__name__}: {reason}): put "
+                      f"that file, whole, into {folder} by hand, or use --no-pretrained") from error
+    state = state.get("model", state)               # ConvNeXt's file wraps its weights
+    head = ("fc.", "norm.", "head.")                # the classifier, which a U-Net has no use for
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
 
 
 def build_model(name, num_classes=19, pretrained=False):
