@@ -222,13 +222,14 @@ def copy_blob(image, label, donor_image, donor_label, name, rng):
     rows = np.flatnonzero(mask[:, left:right].any(1))
     box = int(left), int(rows[0]), int(right), int(rows[-1] + 1)
 
-    at = rng.integers(len(ys))
-    foot_x, foot_y = xs[at], ys[at]
-    scale = (foot_y / image.height - HORIZON) / max(box[3] / donor_image.height - HORIZON, 0.01)
-    scale *= image.height / donor_image.height
-    size = round((box[2] - box[0]) * scale), round((box[3] - box[1]) * scale)
-    if not 0.25 < scale < 4 or min(size) < 2:
+    scales = (ys / image.height - HORIZON) / max(box[3] / donor_image.height - HORIZON, 0.01)
+    scales *= image.height / donor_image.height
+    places = np.flatnonzero((scales > 0.5) & (scales < 2))      # beyond, the blob shows its pixels
+    if not len(places):
         return image, label
+    at = places[rng.integers(len(places))]
+    foot_x, foot_y = xs[at], ys[at]
+    size = [max(1, round(side * scales[at])) for side in (box[2] - box[0], box[3] - box[1])]
     blob = donor_image.crop(box).resize(size, Image.BILINEAR)
     blob_mask = Image.fromarray(mask).crop(box).resize(size, Image.NEAREST)
     corner = int(foot_x - size[0] // 2), int(foot_y - size[1])
@@ -314,8 +315,9 @@ TONES = dict(paint=PAINT, load="e1e1dc 969ba0 324b82", bus="c32d2d bea046 e1e1dc
              grass="6e8c46 78823c 64693c", air="cdd2d7 96b9e1 a5a5a8", skin="d7aa91 785541",
              dark="18181c", glass="303842 555f69", plate="c32d2d 2d55a5 d7b432", pale="e1e1dc",
              lamp="ebe6c8 aa1e1e", stop="f53228", go="46eb82")
-# Flat things in centimetres: label, then strokes back to front: colour, line width (0: filled),
-# corners right and up (or, for a disc, its middle and its radius).
+# Flat things, in centimetres: the label, then strokes from back to front. "metal 30 0 0 0 700" is
+# a line in metal, 30 wide, from (0, 0) up to (0, 700); width 0 fills the corners instead, and
+# three numbers are a disc: its middle and its radius.
 FLAT = dict(
     person="person; trousers 18 22 0 20 40 0 90 -15 45 -25 0; shirt 14 -30 85 -20 142 20 142 33 99;"
            "shirt 0 -23 150 23 150 18 80 -18 80; dark 0 0 171 16; skin 0 0 164 14",
@@ -331,8 +333,9 @@ FLAT = dict(
     triangle="traffic sign; plate 0 -60 230 60 230 0 335; pale 0 -33 245 33 245 0 305",
     disc="traffic sign; plate 0 0 270 50; pale 0 0 270 32",
     board="traffic sign; plate 0 -90 220 90 220 90 320 -90 320; pale 15 -60 270 60 270")
-# Boxes: half width, from, to, bottom, top, colour, then bands of panes on their faces: colour,
-# bottom, top, panes along the side, panes across the end, rows, part that is pane (0: a wheel).
+# Boxes, in metres: half width, from, to (along the street), bottom, top, colour; then bands of
+# panes on their faces: colour, bottom, top, how many along the side, how many across the end,
+# rows, and the part of its place that a pane fills (0: it is a wheel).
 LAMPS, WHEELS = ("lamp", .5, .75, 0, 2, 1, .4), ("dark", 0, 1, 2, 0, 1, 0)
 SOLID = dict(
     car=[(.9, -2.1, 2.1, .3, .95, "paint", ("dark", 0, .72, 2, 0, 1, 0), LAMPS),
@@ -363,7 +366,7 @@ TEXTURE = dict(road=(5, 3, 6), sidewalk=(5, 4, 6), building=(4, 4, 6), wall=(6, 
 
 
 def rectangle(u0, u1, v0, v1):
-    """The corners of a rectangle."""
+    """Corners of a rectangle."""
     return [(u0, v0), (u1, v0), (u1, v1), (u0, v1)]
 
 

@@ -94,29 +94,26 @@ def find_data(args):
 
 
 def adapt(args, size, frames, device):
-    """Choose what the command line left open, by the size and number of frames and the device.
+    """Settle what the command line left open: the one place where defaults are chosen.
 
-    The defaults suit Cityscapes on one GPU of 16 GB; this is the one place that departs from it.
+    They suit Cityscapes on one GPU of 16 GB. The generated scenes are few and small and start
+    from random weights, so they take a small network and many small steps.
     """
-    gpu = device.type == "cuda"
-    height, width = size
-    if args.crop is None:
-        args.crop = [min(512, height), min(1024, width)]
-    if args.model is None:
-        args.model = "resnet18" if args.generated else "resnet34"
-    if args.batch is None:
-        args.batch = 8 if gpu else 2 if args.generated else 4
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    gpu, small = device.type == "cuda", args.generated
+    default("model", "resnet18" if small else "resnet34")
+    default("pretrained", args.model in PRETRAINED and not small)
+    default("epochs", 12 if small else 200)
+    default("batch", 2 if small else 8 if gpu else 4)
+    default("crop", [min(512, size[0]), min(1024, size[1])])
+    default("lr", 1e-3 if args.pretrained else 2e-3)
+    default("workers", min(8, os.cpu_count() or 1) if gpu else 0)   # a CPU is busy enough
     if args.batch > frames:
         say(f"only {frames} training frames: a batch of {frames}, not {args.batch}")
         args.batch = frames
-    if args.pretrained is None:
-        args.pretrained = args.model in PRETRAINED and not args.generated
-    if args.lr is None:
-        args.lr = 1e-3 if args.pretrained else 2e-3
-    if args.epochs is None:
-        args.epochs = 12 if args.generated else 200
-    if args.workers is None:
-        args.workers = min(8, os.cpu_count() or 1) if gpu else 0     # a CPU is busy enough
     if min(args.batch, args.epochs, *args.crop) < 1:
         raise ValueError("--batch, --epochs and --crop take numbers from 1 up")
     if args.batch % WORLD:
