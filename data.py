@@ -101,8 +101,9 @@ class Cityscapes(torch.utils.data.Dataset):
     missing, where a folder is not laid out as above.
     """
 
-    def __init__(self, root, split, crop=None, copyblob=0.0, seed=0):
-        self.crop, self.copyblob, self.seed, self.split = crop, copyblob, seed, split
+    def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
+        self.split, self.crop, self.copyblob, self.seed, self.scale = (
+            split, crop, copyblob, seed, scale)
         root = Path(root).expanduser()
         self.images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         if not self.images:
@@ -135,7 +136,7 @@ class Cityscapes(torch.utils.data.Dataset):
             rng = np.random.default_rng((self.seed, epoch, index))
             if rng.random() < self.copyblob:
                 image, label = self.paste_rare(image, label, rng)
-            image, label = augment(image, label, self.crop, rng)
+            image, label = augment(image, label, self.crop, rng, self.scale)
         label = LABEL_TO_TRAIN[np.asarray(label)]
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(label)
 
@@ -160,14 +161,14 @@ class Cityscapes(torch.utils.data.Dataset):
         return copy_blob(image, label, *donor, name, rng)
 
 
-def augment(image, label, crop, rng):
-    """Scale 0.5 to 2, crop, flip and jitter: two Pillow images -> two of crop=(h, w) pixels.
+def augment(image, label, crop, rng, scale=(0.5, 2.0)):
+    """Scale, crop, flip and jitter: two Pillow images -> two of crop=(h, w) pixels.
 
     Scale and crop are one operation: a box of the frame is resized straight to the crop, the
     label by nearest. A box that reaches beyond the frame is padded, with the mean colour and 255.
     """
     (h, w), (width, height) = crop, image.size
-    scale = 2 ** rng.triangular(-1, 0, 1)           # as often enlarged as shrunk, mostly a little
+    scale = math.exp(rng.uniform(*np.log(scale)))   # as often enlarged as shrunk
     spare_x, spare_y = width - w / scale, height - h / scale    # negative: the box is larger
     x = rng.uniform(min(0, spare_x), max(0, spare_x))
     y = rng.uniform(min(0, spare_y), max(0, spare_y))

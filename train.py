@@ -57,10 +57,13 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=int)
     p.add_argument("--batch", type=int, help="frames a step, over all GPUs together")
     p.add_argument("--crop", type=int, nargs=2, metavar=("H", "W"))
-    p.add_argument("--lr", type=float, help="AdamW's peak learning rate")
+    p.add_argument("--scale", type=float, nargs=2, metavar=("MIN", "MAX"),
+                   help="range of the random enlargement before the crop")
+    p.add_argument("--optimizer", choices=["sgd", "adamw"], help="default sgd; ConvNeXt adamw")
+    p.add_argument("--lr", type=float, help="peak learning rate (default: sgd 0.05, adamw 1e-3)")
     p.add_argument("--encoder-lr", type=float, default=0.1,
                    help="factor on --lr for a pretrained encoder (default 0.1)")
-    p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--weight-decay", type=float, help="default: sgd 5e-4, adamw 0.01")
     p.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
                    help="ImageNet weights (default: for real frames, where there are any)")
     p.add_argument("--workers", type=int, help="processes that load data")
@@ -106,10 +109,13 @@ def adapt(args, size, frames, device):
     gpu, small = device.type == "cuda", args.generated
     default("model", "resnet18" if small else "resnet34")
     default("pretrained", args.model in PRETRAINED and not small)
-    default("epochs", 12 if small else 200)
+    default("epochs", 10 if small else 200)
     default("batch", 2 if small else 8 if gpu else 4)
     default("crop", [min(512, size[0]), min(1024, size[1])])
-    default("lr", 1e-3 if args.pretrained else 2e-3)
+    default("scale", [0.8, 1.25] if small else [0.5, 2.0])
+    default("optimizer", "adamw" if args.model == "convnext_tiny" else "sgd")
+    default("lr", 0.05 if args.optimizer == "sgd" else 1e-3)
+    default("weight_decay", 5e-4 if args.optimizer == "sgd" else 0.01)
     default("workers", min(8, os.cpu_count() or 1) if gpu else 0)   # a CPU is busy enough
     if args.batch > frames:
         say(f"only {frames} training frames: a batch of {frames}, not {args.batch}")
@@ -247,7 +253,7 @@ def set_up_data(args, device):
     if RANK == 0 and (args.copyblob or args.class_weights != "none"):
         class_pixels(train_set)                     # counted and cached before the others ask
     wait_for_all()
-    train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed)
+    train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale)
     loader = torch.utils.data.DataLoader(
         train_set, args.batch // WORLD, sampler=FrameOrder(len(train_set), args.batch, args.seed),
         num_workers=args.workers, persistent_workers=args.workers > 0,
@@ -317,7 +323,9 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = build_model(args.model, len(CLASSES), args.pretrained and not args.resume)
     model.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), fused=device.type != "mps")
+    groups, fused = parameter_groups(model, args), device.type != "mps"
+    optimizer = (torch.optim.AdamW(groups, fused=fused) if args.optimizer == "adamw" else
+                 torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     rows, best = [], -1.0
     if args.resume:
