@@ -228,7 +228,7 @@ def truth_row(image, label, prediction):
 
 def confusion_picture(matrix, title):
     """The matrix, each row in percent of its class, darker for more; absent classes blank."""
-    cell, left, top = 44, 120, 130
+    cell, left, top = 44, 120, 152
     share = (matrix.double() / matrix.sum(1, keepdim=True)).numpy()
     sheet = Image.new("RGB", (left + cell * len(NAMES) + 10, top + cell * len(NAMES) + 10), "white")
     draw = ImageDraw.Draw(sheet)
