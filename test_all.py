@@ -431,6 +431,20 @@ def test_crops_keep_image_and_label_together():
     assert padded > 0.5
 
 
+def test_a_crop_at_scale_1_is_a_window_of_the_frame():
+    label = np.arange(34, dtype=np.uint8).repeat(40).reshape(34, 40)
+    across = np.tile(np.arange(40, dtype=np.uint8), (34, 1))
+    image = Image.fromarray(np.stack([label, across, label], -1))
+    with mock.patch("data.jitter", lambda image, rng: image):
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            x, y = data.augment(image, Image.fromarray(label), (16, 20), rng, scale=(1, 1))
+            x = np.asarray(x)
+            rows, columns = x[:, 0, 0].astype(int), x[0, :, 1].astype(int)
+            assert (np.abs(np.diff(rows)) <= 2).all() and 14 <= np.ptp(rows) <= 16
+            assert 18 <= np.ptp(columns) <= 20 and (x[..., 0] == x[:, :1, 0]).all()
+
+
 def test_jitter_by_numpy():
     image = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     b, c, s = np.random.default_rng(3).uniform(0.75, 1.25, 3)
@@ -559,13 +573,14 @@ def test_resume_is_as_if_never_stopped():
     real, calls = train.train_epoch, []
 
     def stop_at_second(*args):
-        calls.append(1)
+        calls.append(args[1].sampler.epoch)             # of the loader: each epoch its own items
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*args)
 
     with mock.patch("train.train_epoch", stop_at_second):
         raises(KeyboardInterrupt, small_run, parts, "--loss", "ce+dice")
+    assert calls == [0, 1]
     train.main(["--resume", str(parts / "last.pt")])
     a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, parts))
     assert a["settings"]["loss"] == b["settings"]["loss"] == "ce+dice" and b["epoch"] == 2
