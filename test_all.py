@@ -415,7 +415,7 @@ def test_crops_keep_image_and_label_together():
     label = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 34, (8, 8)), 16, 0), 16, 1)
     label = label.astype(np.uint8)
     image = Image.fromarray(np.stack([label * 7] * 3, -1))              # the colour tells the label
-    padded, flipped, colors = 0, [], set()
+    padded = 0
     with mock.patch("data.jitter", lambda image, rng: image):
         for seed in range(40):
             rng = np.random.default_rng(seed)

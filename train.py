@@ -99,8 +99,8 @@ def find_data(args):
 def adapt(args, size, frames, device):
     """Settle what the command line left open: the one place where defaults are chosen.
 
-    They suit Cityscapes on one GPU of 16 GB. The generated scenes are few and small and start
-    from random weights, so they take a small network and many small steps.
+    They are meant for Cityscapes on one GPU of 16 GB. The generated scenes are few and small and
+    start from random weights, so they take a small network and many small steps.
     """
     def default(name, value):
         if getattr(args, name) is None:
@@ -217,7 +217,7 @@ def load_last(path):
         saved["optimizer"]
         return saved
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"{path}: there is no such last.pt to resume from")
     except Exception as error:
         raise ValueError(f"{path}: not a last.pt that train.py wrote ({error})") from error
 
