@@ -16,6 +16,7 @@ change a sample.
 import hashlib
 import math
 import os
+import warnings
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 # ---------------------------------------------------------------------------------- labels
 
@@ -60,24 +63,27 @@ def normalize(images):
     return (images.float() - mean) / std
 
 
-def read_picture(path):
+def read_picture(path, formats=None):
     """Any file that Pillow reads -> Pillow image. Raises OSError naming a file that is broken."""
     try:
-        picture = Image.open(path)
+        picture = Image.open(path, formats=formats)
         picture.load()
         return picture
-    except OSError as error:
+    except Exception as error:                      # Pillow raises about any kind
         raise OSError(f"{path}: cannot be read as a picture ({error}); copy it anew") from error
 
 
 def read_image(path):
-    """Any picture (grey, palette, alpha too) -> RGB Pillow image, upright."""
-    return ImageOps.exif_transpose(read_picture(path)).convert("RGB")
+    """Any picture (grey, 16-bit, palette, alpha too) -> RGB Pillow image, upright."""
+    picture = ImageOps.exif_transpose(read_picture(path))
+    if picture.mode.startswith("I"):                # 16 bits, of which the upper 8 are kept
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def read_label(path):
     """A PNG of label ids -> Pillow image of label ids. Raises ValueError for any other picture."""
-    label = read_picture(path)
+    label = read_picture(path, formats=["PNG"])
     if label.mode != "L":
         raise ValueError(f"{path}: holds {label.mode} pixels, not 8-bit label ids; "
                          "use the *_gtFine_labelIds.png files")
@@ -104,24 +110,28 @@ class Cityscapes(torch.utils.data.Dataset):
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
         self.split, self.crop, self.copyblob, self.seed, self.scale = (
             split, crop, copyblob, seed, scale)
-        root = Path(root).expanduser()
-        self.images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
-        if not self.images:
+        self.root = root = Path(root).expanduser()
+        images, labels = (
+            {f"{f.parent.name}/{f.name.removesuffix(end)}": f
+             for f in sorted((root / kind / split).glob(f"*/*{end}"))}
+            for kind, end in (("leftImg8bit", "_leftImg8bit.png"),
+                              ("gtFine", "_gtFine_labelIds.png")))
+        if not images:
             raise FileNotFoundError(
-                f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png: name the "
-                "folder that holds leftImg8bit/ and gtFine/ with --data or $CITYSCAPES_DATASET; "
-                "they come from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
-                "(cityscapes-dataset.com)")
-        self.frames = [f.name.removesuffix("_leftImg8bit.png") for f in self.images]
-        self.labels = [root / "gtFine" / split / f.parent.name / f"{name}_gtFine_labelIds.png"
-                       for f, name in zip(self.images, self.frames)]
-        missing = [] if split == "test" else [str(f) for f in self.labels if not f.exists()]
-        if missing:
+                f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png, their labels "
+                f"beside them at {root}/gtFine/{split}/<city>/*_gtFine_labelIds.png: name that "
+                "root with --data or $CITYSCAPES_DATASET; it is what leftImg8bit_trainvaltest.zip "
+                "and gtFine_trainvaltest.zip (cityscapes-dataset.com) unpack to")
+        odd = sorted(images.keys() ^ labels.keys()) if split != "test" else []
+        if odd:
             raise FileNotFoundError(
-                f"{len(missing)} of {len(self.images)} frames have no label (they come from "
-                f"gtFine_trainvaltest.zip), missing: {', '.join(missing[:3])}")
-        self.root = root
-        self.pixels = class_pixels(self) if copyblob else None
+                f"{root}: {len(images.keys() - labels.keys())} of {len(images)} {split} frames "
+                f"have no label, {len(labels.keys() - images.keys())} labels no frame: "
+                f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}; unpack both archives anew")
+        self.images = list(images.values())
+        self.labels = [labels.get(key) for key in images]
+        self.frames = [key.split("/")[1] for key in images]
+        self.blobs = collect_blobs(self) if copyblob else {}
 
     def __len__(self):
         return len(self.images)
@@ -134,8 +144,9 @@ class Cityscapes(torch.utils.data.Dataset):
         image, label = self.read(index)
         if self.crop:
             rng = np.random.default_rng((self.seed, epoch, index))
-            if rng.random() < self.copyblob:
-                image, label = self.paste_rare(image, label, rng)
+            if rng.random() < self.copyblob and self.blobs:
+                blobs = list(self.blobs.values())[rng.integers(len(self.blobs))]
+                image, label = copy_blob(image, label, blobs[rng.integers(len(blobs))], rng)
             image, label = augment(image, label, self.crop, rng, self.scale)
         label = LABEL_TO_TRAIN[np.asarray(label)]
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(label)
@@ -149,16 +160,6 @@ class Cityscapes(torch.utils.data.Dataset):
         if image.size != label.size:
             raise ValueError(f"{self.labels[index]}: {label.size} is not its image's {image.size}")
         return image, label
-
-    def paste_rare(self, image, label, rng):
-        """CopyBlob one rare class from a frame that has it."""
-        names = [name for name in CARRIER if self.pixels[:, TRAIN_ID[name]].any()]
-        if not names:
-            return image, label
-        name = names[rng.integers(len(names))]
-        donors = np.flatnonzero(self.pixels[:, TRAIN_ID[name]])
-        donor = self.read(donors[rng.integers(len(donors))])
-        return copy_blob(image, label, *donor, name, rng)
 
 
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
@@ -201,43 +202,68 @@ def jitter(image, rng):
 
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 HORIZON = 0.42                                      # share of the frame above it, about
+Blob = namedtuple("Blob", "name image mask below")  # below: pixels from the horizon to its foot
 
 
-def copy_blob(image, label, donor_image, donor_label, name, rng):
-    """CopyBlob: paste a blob of the rare class `name` onto the class that carries it (CARRIER).
+def cut_blob(image, label, name, rng):
+    """Cut a blob of the class `name` out of a frame -> Blob, or None where there is none.
 
-    image, donor_image: RGB Pillow images; labels: Pillow images of label ids -> image, label.
-    The blob is what the class fills in one unbroken range of the donor's columns. Its foot
-    lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
-    linearly with the foot's distance below the horizon. What would lie outside of the frame is
-    clipped. Returns the input where there is no place for it.
+    image: RGB Pillow image, label: Pillow image of label ids. The blob is what the class fills in
+    one unbroken range of columns; larger ones are taken more often.
     """
-    mask = np.asarray(donor_label) == CLASSES[TRAIN_ID[name]].label_id
+    mask = np.asarray(label) == CLASSES[TRAIN_ID[name]].label_id
     edges = np.diff(mask.any(0), prepend=False, append=False)   # True where a range starts, stops
     ranges = np.flatnonzero(edges).reshape(-1, 2)               # [start, stop) of each blob
-    ys, xs = np.nonzero(np.asarray(label) == CLASSES[TRAIN_ID[CARRIER[name]]].label_id)
-    if not len(ranges) or not len(ys):
-        return image, label
+    if not len(ranges):
+        return None
     sizes = [mask[:, a:b].sum() for a, b in ranges]
     left, right = ranges[rng.choice(len(ranges), p=np.array(sizes) / sum(sizes))]
     rows = np.flatnonzero(mask[:, left:right].any(1))
     box = int(left), int(rows[0]), int(right), int(rows[-1] + 1)
+    return Blob(name, image.crop(box), Image.fromarray(mask).crop(box),
+                max(1.0, box[3] - HORIZON * image.height))
 
-    scales = (ys / image.height - HORIZON) / max(box[3] / donor_image.height - HORIZON, 0.01)
-    scales *= image.height / donor_image.height
+
+def copy_blob(image, label, blob, rng):
+    """CopyBlob: paste a blob of a rare class onto the class that carries it (CARRIER).
+
+    image: RGB Pillow image, label: Pillow image of label ids -> image, label. The blob's foot
+    lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
+    linearly with the foot's distance below the horizon. What would lie outside of the frame is
+    clipped. Returns the input where there is no place for it.
+    """
+    step = max(1, image.height // 128)              # every step-th pixel is enough to choose from
+    carrier = CLASSES[TRAIN_ID[CARRIER[blob.name]]].label_id
+    ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
+    scales = (ys - HORIZON * image.height) / blob.below
     places = np.flatnonzero((scales > 0.5) & (scales < 2))      # beyond, the blob shows its pixels
     if not len(places):
         return image, label
     at = places[rng.integers(len(places))]
-    foot_x, foot_y = xs[at], ys[at]
-    size = [max(1, round(side * scales[at])) for side in (box[2] - box[0], box[3] - box[1])]
-    blob = donor_image.crop(box).resize(size, Image.BILINEAR)
-    blob_mask = Image.fromarray(mask).crop(box).resize(size, Image.NEAREST)
-    corner = int(foot_x - size[0] // 2), int(foot_y - size[1])
+    size = [max(1, round(side * scales[at])) for side in blob.image.size]
+    corner = int(xs[at] - size[0] // 2), int(ys[at] + 1 - size[1])
+    mask = blob.mask.resize(size, Image.NEAREST)
     image, label = image.copy(), label.copy()
-    image.paste(blob, corner, blob_mask)
-    label.paste(CLASSES[TRAIN_ID[name]].label_id, corner, blob_mask)
+    image.paste(blob.image.resize(size, Image.BILINEAR), corner, mask)
+    label.paste(CLASSES[TRAIN_ID[blob.name]].label_id, corner, mask)
     return image, label
+
+
+def collect_blobs(dataset, most=64):
+    """Up to `most` blobs of each rare class -> {name: [Blob, ...]}, the same for the same seed.
+
+    They are cut once, from frames drawn at random, and kept in memory: to read a whole second
+    frame for each blob would double the cost of a sample.
+    """
+    pixels, rng = class_pixels(dataset), np.random.default_rng(dataset.seed)
+    jobs = []
+    for name in CARRIER:
+        donors = np.flatnonzero(pixels[:, TRAIN_ID[name]])
+        for index in rng.permutation(donors)[:most]:
+            jobs.append((name, index, np.random.default_rng((dataset.seed, index))))
+    with ThreadPoolExecutor() as pool:
+        blobs = list(pool.map(lambda job: cut_blob(*dataset.read(job[1]), job[0], job[2]), jobs))
+    return {name: found for name in CARRIER if (found := [b for b in blobs if b.name == name])}
 
 
 # --------------------------------------------------------------------------- class weights

@@ -11,6 +11,7 @@ Everything is scored at the label's own size, with one confusion matrix for the 
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections import namedtuple
@@ -47,18 +48,30 @@ def pick_device(name="auto"):
 
 def pick_amp(name, device):
     """The autocast dtype, or None for float32: "auto" is bfloat16 where the hardware has it."""
+    hardware = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        hardware = torch.cpu.get_capabilities().get("avx512_bf16", False)
     if name == "auto":
-        if device.type == "cuda":
-            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            return torch.bfloat16 if bfloat16 else torch.float16
-        bfloat16 = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16")
-        return torch.bfloat16 if bfloat16 else None
+        name = "bf16" if hardware else "fp16" if device.type == "cuda" else "off"
+    if name == "bf16" and not hardware:
+        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; leave --amp to itself")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def autocast(device, dtype):
     """The autocast context for `dtype`, which does nothing for None."""
     return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def within(low, high, kind=float):
+    """A type for argparse: numbers of a kind from `low` to `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    convert.__name__ = kind.__name__                # argparse names it for what is no number
+    return convert
 
 
 def progress(items, what):
@@ -114,23 +127,36 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
     return matrix.cpu()
 
 
-Checkpoint = namedtuple("Checkpoint", "path name model settings")
+def load_checkpoint(path):
+    """Read a best.pt or last.pt -> dict. It is read as tensors and plain values: no code can run.
 
-
-def load_checkpoint(path, device):
-    """Rebuild the model that train.py saved to `path`. Raises ValueError for any other file."""
+    Raises FileNotFoundError, or ValueError for any other file.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        settings = saved["settings"]
-        model = build_model(settings["model"], len(CLASSES))
-        model.load_state_dict(saved["model"])
+        return {**saved, "model": saved["model"], "settings": dict(saved["settings"])}
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py writes best.pt")
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a checkpoint that this train.py wrote ({reason})") from error
+        raise ValueError(f"{path}: not a checkpoint of train.py, or not whole "
+                         f"({type(error).__name__}); a file that could run code is refused, "
+                         "too") from error
+
+
+Checkpoint = namedtuple("Checkpoint", "path name model settings")
+
+
+def rebuild(path, device):
+    """The model that train.py saved to `path`, with its settings. Raises ValueError as above."""
+    saved = load_checkpoint(path)
+    settings = {**saved["settings"], "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
+    try:
+        model = build_model(settings["model"], len(CLASSES))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights are not those of {settings.get('model')} with "
+                         f"{len(CLASSES)} classes, as unet.py builds it") from error
     model.to(device, memory_format=torch.channels_last).eval()
-    settings = {**settings, "epoch": saved["epoch"], "val_miou": saved["miou"]}
     return Checkpoint(str(path), Path(path).resolve().parent.name, model, settings)
 
 
@@ -324,7 +350,8 @@ def picture_folder(ckpt, args):
 
 def parse_args(argv=None):
     """The command line of eval.py; see the top of this file."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--ckpt", nargs="+", required=True, help="one or more best.pt")
     p.add_argument("--data", type=Path, help="Cityscapes' root (default: the checkpoint's)")
     p.add_argument("--split", default="val", help="train, val or test (default val)")
@@ -332,15 +359,14 @@ def parse_args(argv=None):
     p.add_argument("--tta", action="store_true", help="average flipped and scaled copies")
     p.add_argument("--images", type=Path, help="a folder of any pictures, without labels")
     p.add_argument("--labels-out", type=Path, help="folder for labelIds PNGs at full size")
-    p.add_argument("--panels", type=int, default=6, help="frames to picture, from 1 up (default 6)")
+    p.add_argument("--panels", type=within(1, 10**6, int), default=6,
+                   help="frames to picture (default 6)")
     p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best at hand)")
     p.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"])
-    p.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    p.add_argument("--workers", type=within(0, 1000, int), default=min(4, os.cpu_count() or 1))
     args = p.parse_args(argv)
     args.device = pick_device(args.device)
     args.amp = pick_amp(args.amp, args.device)
-    if args.panels < 1:
-        p.error("--panels takes a number from 1 up")
     if len(args.ckpt) > 1 and (args.images or args.labels_out or args.split == "test"):
         p.error("--images, --labels-out and the test split take one --ckpt")
     return args
@@ -351,7 +377,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
-    ckpts = [load_checkpoint(path, args.device) for path in args.ckpt]
+    ckpts = [rebuild(path, args.device) for path in args.ckpt]
     if len({c.name for c in ckpts}) < len(ckpts):
         ckpts = [c._replace(name=f"{i + 1}_{c.name}") for i, c in enumerate(ckpts)]
     if args.images:
@@ -378,14 +404,25 @@ def main(argv=None):
 
 
 def command_line(main):
-    """Run main(); what the user can mend ends in one line instead of a traceback."""
+    """Run main(). What the user can mend ends in one line and exit status 2, not in a traceback.
+
+    To see the traceback none the less: python -X dev train.py ...
+    """
     try:
-        main()
-    except (OSError, ValueError, FloatingPointError) as error:
-        lines = str(error).strip().split("\n")      # a DataLoader worker's holds its traceback
-        sys.exit(f"error: {lines[-1]}")
+        return main()
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted")
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        if sys.flags.dev_mode:
+            raise
+        line = str(error).strip().split("\n")[-1]   # a DataLoader worker's ends its traceback
+        line = re.sub(r"^\w+Error: ", "", line)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or re.search("(out of|allocate) memory", str(error))):
+            raise
+        line = "out of memory: lower --batch, --crop or --workers, or take a smaller --model"
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

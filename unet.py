@@ -322,27 +322,23 @@ class ConvUNeXt(nn.Module):
 
 # -------------------------------------------------------------------- by name, with weights
 
-ENCODERS = {
-    "resnet18": lambda: ResNet(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": lambda: ResNet(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": lambda: ResNet(Bottleneck, (3, 4, 6, 3)),
-    "convnext_tiny": lambda: ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)),
+TORCHVISION = "https://download.pytorch.org/models"
+ENCODERS = {            # how each is built, and the ImageNet-1k weights that its authors published
+    "resnet18": (lambda: ResNet(BasicBlock, (2, 2, 2, 2)), f"{TORCHVISION}/resnet18-f37072fd.pth"),
+    "resnet34": (lambda: ResNet(BasicBlock, (3, 4, 6, 3)), f"{TORCHVISION}/resnet34-b627a593.pth"),
+    "resnet50": (lambda: ResNet(Bottleneck, (3, 4, 6, 3)), f"{TORCHVISION}/resnet50-11ad3fa6.pth"),
+    "convnext_tiny": (lambda: ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)),
+                      "https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth"),
 }
 MODELS = [*ENCODERS, "convunext"]
-PRETRAINED = {      # ImageNet-1k weights, published by the authors of each network
-    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    "resnet50": "https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
-    "convnext_tiny": "https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth",
-}
 
 
-def load_imagenet(encoder, name):
+def load_imagenet(encoder, url):
     """Fill `encoder` with its published ImageNet weights, downloaded once to torch.hub's folder.
 
     Raises OSError naming the URL, that folder and the way without if they cannot be had.
     """
-    url, folder = PRETRAINED[name], f"{torch.hub.get_dir()}/checkpoints"
+    folder = f"{torch.hub.get_dir()}/checkpoints"
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
@@ -364,11 +360,12 @@ def build_model(name, num_classes=19, pretrained=False):
     """
     if name not in MODELS:
         raise ValueError(f"no model is called {name!r}; there are: {', '.join(MODELS)}")
-    if pretrained and name not in PRETRAINED:
-        raise ValueError(f"no ImageNet weights are published for {name}: use --no-pretrained")
     if name == "convunext":
+        if pretrained:
+            raise ValueError("no ImageNet weights are published for convunext: --no-pretrained")
         return ConvUNeXt(num_classes)
-    model = UNet(ENCODERS[name](), num_classes)
+    build, url = ENCODERS[name]
+    model = UNet(build(), num_classes)
     if pretrained:
-        load_imagenet(model.encoder, name)
+        load_imagenet(model.encoder, url)
     return model
