@@ -158,7 +158,8 @@ class Cityscapes(torch.utils.data.Dataset):
             return image, Image.new("L", image.size)            # label id 0, unlabeled
         label = read_label(self.labels[index])
         if image.size != label.size:
-            raise ValueError(f"{self.labels[index]}: {label.size} is not its image's {image.size}")
+            raise ValueError(f"{self.labels[index]}: is {label.size}, its frame {image.size}; "
+                             "they must be of one size")
         return image, label
 
 

@@ -743,7 +743,8 @@ def test_bad_options_and_files_are_one_line():
         assert all(part in line for part in parts), (options, line)
     assert not (out / "last.pt").exists() and not (FOLDER / "owned").exists()
     raises(KeyError, evaluation.command_line, lambda: {}["a bug keeps its traceback"])
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory")):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             raises(SystemExit, evaluation.command_line, mock.Mock(side_effect=error))
         assert "--batch" in stderr.getvalue()

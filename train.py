@@ -53,7 +53,7 @@ def rank_0_first():
 
 # --------------------------------------------------------------------------------- settings
 
-MAY_CHANGE = ("data", "epochs", "workers", "device", "compile", "save_minutes")     # by --resume
+MAY_CHANGE = "data", "epochs", "workers", "device", "amp", "compile", "save_minutes"    # by --resume
 
 
 def parse_args(argv=None):
@@ -91,6 +91,8 @@ def parse_args(argv=None):
     p.add_argument("--out", default=".", help="folder for best.pt, last.pt, log.csv (default .)")
     p.add_argument("--resume", metavar="LAST_PT", help="go on with the run of this last.pt")
     args = p.parse_args(argv)
+    if args.scale and args.scale[0] > args.scale[1]:
+        p.error("--scale: MIN is more than MAX")
     if args.resume:
         saved = load_checkpoint(args.resume)["settings"]
         saved = {**saved, "out": str(Path(args.resume).parent), "resume": args.resume}
@@ -257,6 +259,7 @@ class Run:
     def __init__(self, args):
         self.args, self.out = args, Path(args.out)
         self.device, self.dtype = set_up_device(args)
+        args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         self.train_set, self.val_set = set_up_data(args, self.device)
         self.loss_function = set_up_loss(args, self.train_set, self.device)
         torch.manual_seed(args.seed)
@@ -385,7 +388,7 @@ class Run:
         self.net.train()
 
     def fit(self, stop):
-        """Train from where the run is to its end. Raises KeyboardInterrupt once `stop` is filled."""
+        """Train from where the run is to its end; KeyboardInterrupt once `stop` is not empty."""
         args, losses = self.args, []
         items = (items_of(step, len(self.train_set), args.batch, args.seed)
                  for step in range(self.step, self.steps))
