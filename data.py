@@ -75,10 +75,11 @@ def read_picture(path, formats=None):
 
 def read_image(path):
     """Any picture (grey, 16-bit, palette, alpha too) -> RGB Pillow image, upright."""
-    picture = ImageOps.exif_transpose(read_picture(path))
+    picture = read_picture(path)
+    ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):                # 16 bits, of which the upper 8 are kept
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def read_label(path):

@@ -53,7 +53,7 @@ def rank_0_first():
 
 # --------------------------------------------------------------------------------- settings
 
-MAY_CHANGE = "data", "epochs", "workers", "device", "amp", "compile", "save_minutes"    # by --resume
+MAY_CHANGE = "data", "epochs", "workers", "device", "amp", "compile", "save_minutes"    # on resume
 
 
 def parse_args(argv=None):
