@@ -57,6 +57,13 @@ def close(a, b, relative=1e-5, absolute=1e-6):
                                rtol=relative, atol=absolute, equal_nan=True)
 
 
+class Hostile:
+    """An object whose pickle makes a folder when it is loaded."""
+
+    def __reduce__(self):
+        return os.mkdir, (str(FOLDER / "owned"),)
+
+
 def scenes():
     """A small tree of generated scenes, drawn once: 6 training and 3 validation frames."""
     data.make_scenes(FOLDER / "scenes", train=6, val=3)
@@ -216,6 +223,9 @@ def test_imagenet_weights():
         torch.save(state, path)
         message = raises(RuntimeError, unet.build_model, "resnet18", 19, True)
         assert "layer1.0.conv1.weight" in message
+        torch.save({"conv1.weight": Hostile()}, path)
+        assert str(path.parent) in raises(OSError, unet.build_model, "resnet18", 19, True)
+        assert not (FOLDER / "owned").exists()
     raises(ValueError, unet.build_model, "convunext", 19, True)
     raises(ValueError, unet.build_model, "vgg")
 
@@ -401,7 +411,7 @@ def test_bad_trees_are_named():
     Image.fromarray(good).save(label, format="JPEG")    # which changes label ids
     error(OSError, label)
     write_tree(root, good)
-    with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 10):
+    with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 20):  # from which on Pillow only warns
         error(OSError, image, "decompression bomb")
     label.rename(label.with_name("ulm_000000_000002_gtFine_labelIds.png"))
     error(FileNotFoundError, "1 of 1 train frames have no label, 1 labels no frame",
@@ -586,6 +596,17 @@ def test_schedule_and_order():
         with mock.patch("train.RANK", rank), mock.patch("train.WORLD", 2):
             halves.append(train.items_of(6, 10, 4, seed=0))
     assert [i for pair in zip(*halves) for i in pair] == steps[0]       # together the same batch
+    run, shares = mock.Mock(val_set=range(7), model=torch.nn.Identity()), []
+
+    def note(model, share, *args, **options):
+        shares.extend(share)
+        return mock.Mock()
+
+    for rank in range(3):                               # each frame is scored once
+        with (mock.patch("train.RANK", rank), mock.patch("train.WORLD", 3),
+              mock.patch("train.dist"), mock.patch("train.evaluate", note)):
+            train.Run.validate(run, [])
+    assert sorted(shares) == list(range(7))
     model = unet.build_model("resnet18")
     args = mock.Mock(lr=1.0, encoder_lr=0.1, weight_decay=0.5, pretrained=True, optimizer="sgd")
     groups = train.build_optimizer(model, args, torch.device("cpu")).param_groups
@@ -612,16 +633,14 @@ def test_run_leaves_its_files_and_none_is_overwritten():
     assert not (out / "last.pt.part").exists()
 
 
-def whole_run():
-    """The last.pt of an undisturbed run of 2 epochs of 3 steps, as saved."""
-    if not (FOLDER / "whole" / "last.pt").exists():
-        small_run(FOLDER / "whole", "--loss", "ce+dice")
-    return torch.load(FOLDER / "whole" / "last.pt", weights_only=True)
+def load(out):
+    """The last.pt of a run."""
+    return torch.load(out / "last.pt", weights_only=True)
 
 
-def assert_same_run(out):
+def assert_same_run(whole, out):
     """The last.pt in `out` holds, bit by bit, what the undisturbed run's does."""
-    a, b = whole_run(), torch.load(out / "last.pt", weights_only=True)
+    a, b = load(whole), load(out)
     assert a["step"] == b["step"] == 6 and a["best"] == b["best"] and len(b["log"]) == 2
     for key, value in a["model"].items():
         assert torch.equal(value, b["model"][key]), key
@@ -631,8 +650,20 @@ def assert_same_run(out):
 
 
 def test_resume_is_as_if_never_stopped():
-    """Stopped by a crash, then by a signal, then while validating; with and without workers."""
-    out, real, calls = FOLDER / "parts", train.Run.train_step, []
+    """Stopped by a crash, then by a signal, then while validating; with and without workers.
+
+    The network draws random numbers of its own, as stochastic depth skips half of its blocks.
+    """
+    def tiny(name, classes, pretrained):
+        return unet.UNet(unet.ConvNeXt((2, 2, 2, 2), (8, 8, 8, 8), drop_path=0.8), classes)
+
+    with mock.patch("train.build_model", tiny):
+        check_resume()
+
+
+def check_resume():
+    whole, out, real, calls = FOLDER / "tiny", FOLDER / "parts", train.Run.train_step, []
+    small_run(whole, "--loss", "ce+dice")
 
     def crash(self, *args):
         if self.step == 2:
@@ -648,12 +679,13 @@ def test_resume_is_as_if_never_stopped():
     with mock.patch("train.Run.train_step", crash):
         raises(SystemExit, small_run, out, "--loss", "ce+dice", "--save-minutes", "0")
     with mock.patch("train.Run.train_step", interrupt):
-        raises(SystemExit, resume, out, "--workers", "2")
-    assert calls == [2, 3, 4]
+        raises(SystemExit, resume, out, "--workers", "2", "--save-minutes", "9")
+    assert calls == [2, 3, 4] and load(out)["step"] == 5
     with mock.patch("train.Run.validate", side_effect=KeyboardInterrupt):
         raises(SystemExit, resume, out, "--workers", "0")
+    assert load(out)["step"] == 6 and len(load(out)["log"]) == 1
     resume(out)
-    assert_same_run(out)
+    assert_same_run(whole, out)
     assert len(resume(out, "--epochs", "3")) == 3       # and longer, if one asks for it
     for wrong in ("--lr 1", "--loss ce", "--seed 1", "--crop 32 32", "--out elsewhere"):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
@@ -684,9 +716,10 @@ def test_killed_at_any_moment():
         child.kill()
         assert child.wait() == -signal.SIGKILL
         options = ["--resume", str(out / "last.pt")]
-    assert torch.load(out / "last.pt", weights_only=True)["step"] < 6
+    assert load(out)["step"] < 6
     resume(out)
-    assert_same_run(out)
+    small_run(FOLDER / "whole", "--loss", "ce+dice")
+    assert_same_run(FOLDER / "whole", out)
 
 
 def test_two_processes():
@@ -699,7 +732,7 @@ def test_two_processes():
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 1/1") == 1, result.stdout         # said once
-    last = torch.load(out / "last.pt", weights_only=True)
+    last = load(out)
     scored, = run_eval("--ckpt", out / "best.pt", "--out", FOLDER / "two-eval")
     assert last["step"] == 3 and abs(scored["miou"] - last["log"][0]["miou"]) < 1e-9
     assert scored["pixel_accuracy"] == last["log"][0]["pixel_accuracy"]
@@ -750,13 +783,6 @@ def test_bad_options_and_files_are_one_line():
         assert "--batch" in stderr.getvalue()
 
 
-class Hostile:
-    """An object whose pickle makes a folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(FOLDER / "owned"),)
-
-
 def test_training_learns():
     rows = small_run(FOLDER / "learn", "--epochs", "10", "--crop", "64", "128", "--amp", "auto")
     assert min(r["loss"] for r in rows[-3:]) < 0.75 * rows[0]["loss"], [r["loss"] for r in rows]
@@ -774,7 +800,7 @@ def test_a_loss_that_explodes_stops_the_run():
     items = train.items_of(3, 6, 2, seed=0)             # of the fourth step
     frames = data.Cityscapes(scenes(), "train")
     assert "step 4 " in message and all(str(frames.images[i % 6]) in message for i in items)
-    assert torch.load(out / "last.pt", weights_only=True)["step"] == 3
+    assert load(out)["step"] == 3
 
 
 def run_eval(*options):
