@@ -311,7 +311,8 @@ def score(ckpt, dataset, out, args):
     out.mkdir(parents=True, exist_ok=True)
 
     def visit(i, image, label, prediction):
-        pixels[:] += np.bincount(prediction.flatten(), minlength=len(CLASSES))
+        if args.split == "test":
+            pixels[:] += np.bincount(prediction.flatten(), minlength=len(CLASSES))
         if args.labels_out:
             save_labels(prediction.numpy(), args.labels_out, dataset.frames[i])
         if i in chosen:
@@ -333,6 +334,7 @@ def score(ckpt, dataset, out, args):
     title = f"{ckpt.path} on {args.split}, mIoU {number(result['miou'])}"
     confusion_picture(matrix, title).save(out / "confusion.png")
     print(table(result))
+    pixels = matrix.sum(0).numpy()
     if pixels.max() > 0.95 * pixels.sum():
         print(histogram(pixels))
     return result, pictured
