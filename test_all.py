@@ -204,6 +204,17 @@ def test_stochastic_depth():
     close(block.train()(x[:1].expand(4000, -1, -1, -1)).mean(0), (x + whole)[0], 0.05, 0.05)
 
 
+def test_depthwise_gradients():
+    for mode in ("zeros", "reflect"):
+        conv = unet.DepthwiseConv(5, mode).double()
+        x = torch.randn(2, 5, 6, 9, dtype=torch.float64, requires_grad=True)
+        results = []
+        for y in (conv(x), torch.nn.Conv2d.forward(conv, x)):
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *conv.parameters()])])
+        for ours, torchs in zip(*results):
+            close(ours, torchs, 1e-12, 1e-12)
+
+
 def test_imagenet_weights():
     with tempfile.TemporaryDirectory() as folder, mock.patch("torch.hub.get_dir", lambda: folder):
         with mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network")):

