@@ -213,17 +213,21 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One step up: N x C x H x W, and the skip N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    The 1x1 convolution comes before the upsampling, where it costs a quarter.
+    Where U-Net concatenates the two and convolves, a 1x1 convolution comes first. That of a
+    concatenation is the sum of one of each part, of which the coarse one is cheap: it comes before
+    the upsampling, on a quarter of the pixels.
     """
 
     def __init__(self, channels, skip_channels, out):
         super().__init__()
-        self.reduce = nn.Conv2d(channels, out, 1)
-        self.block = BasicBlock(out + skip_channels, out)
+        self.coarse = nn.Conv2d(channels, out, 1, bias=False)
+        self.fine = nn.Conv2d(skip_channels, out, 1, bias=False)
+        self.norm = nn.BatchNorm2d(out)
+        self.block = BasicBlock(out, out)
 
     def forward(self, x, skip):
-        x = F.interpolate(self.reduce(x), scale_factor=2, mode="nearest")
-        return self.block(torch.cat([x, skip], dim=1))
+        x = F.interpolate(self.coarse(x), scale_factor=2, mode="nearest") + self.fine(skip)
+        return self.block(F.relu(self.norm(x), inplace=True))
 
 
 class UNet(nn.Module):
