@@ -659,19 +659,14 @@ def assert_same_run(whole, out):
         assert all(row[k] == row2[k] or row[k] != row[k] for k in row if k not in timed)
 
 
+def tiny(name, classes, pretrained):
+    """A network in place of build_model's that draws random numbers: it skips many blocks."""
+    return unet.UNet(unet.ConvNeXt((2, 2, 2, 2), (8, 8, 8, 8), drop_path=0.8), classes)
+
+
+@mock.patch("train.build_model", tiny)
 def test_resume_is_as_if_never_stopped():
-    """Stopped by a crash, then by a signal, then while validating; with and without workers.
-
-    The network draws random numbers of its own, as stochastic depth skips half of its blocks.
-    """
-    def tiny(name, classes, pretrained):
-        return unet.UNet(unet.ConvNeXt((2, 2, 2, 2), (8, 8, 8, 8), drop_path=0.8), classes)
-
-    with mock.patch("train.build_model", tiny):
-        check_resume()
-
-
-def check_resume():
+    """Stopped by a crash, then by a signal, then while validating; with and without workers."""
     whole, out, real, calls = FOLDER / "tiny", FOLDER / "parts", train.Run.train_step, []
     small_run(whole, "--loss", "ce+dice")
 
@@ -791,6 +786,24 @@ def test_bad_options_and_files_are_one_line():
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             raises(SystemExit, evaluation.command_line, mock.Mock(side_effect=error))
         assert "--batch" in stderr.getvalue()
+
+
+@mock.patch("train.build_model", tiny)
+def test_autocast():
+    loss = {}
+    for amp in ("off", "bf16", "fp16"):
+        rows = small_run(FOLDER / amp, "--epochs", "1", "--crop", "32", "32", "--amp", amp)
+        loss[amp] = rows[0]["loss"]
+    for amp in ("bf16", "fp16"):
+        assert loss[amp] != loss["off"]
+        close(loss[amp], loss["off"], 0.05)
+    assert load(FOLDER / "fp16")["scaler"]["scale"] > 1 and not load(FOLDER / "bf16")["scaler"]
+    cuda = torch.device("cuda")
+    for capable, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        with mock.patch("torch.cuda.is_bf16_supported", lambda **options: capable):
+            assert evaluation.pick_amp("auto", cuda) == dtype
+            if not capable:
+                raises(ValueError, evaluation.pick_amp, "bf16", cuda)
 
 
 def test_training_learns():

@@ -148,6 +148,7 @@ def adapt(args, size, device):
 def set_up_device(args):
     """The device and autocast dtype of this process, which joins its group under torchrun."""
     device = pick_device(args.device)
+    torch.backends.cudnn.benchmark = True           # all crops are of one size: find what is best
     if WORLD > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
