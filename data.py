@@ -166,6 +166,11 @@ class Cityscapes(torch.utils.data.Dataset):
         return image, label
 
 
+def leave_ctrl_c(*worker):
+    """Let a worker process ignore Ctrl-C, on which its parent acts."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Scale, crop, flip and jitter: two Pillow images -> two of crop=(h, w) pixels.
 
@@ -622,9 +627,12 @@ def make_scenes(root, train=200, val=50, seed=0):
     root.parent.mkdir(parents=True, exist_ok=True)
     jobs = [("train", 0, i) for i in range(train)] + [("val", 1, i) for i in range(val)]
     with (TemporaryDirectory(dir=root.parent, prefix=".scenes-") as folder,
-          ProcessPoolExecutor(initializer=signal.signal,        # Ctrl-C is for the parent to act on
-                              initargs=(signal.SIGINT, signal.SIG_IGN)) as pool):
+          ProcessPoolExecutor(initializer=leave_ctrl_c) as pool):
         tree = Path(folder, "tree")
         list(pool.map(partial(write_scene, tree, seed), jobs))
         (tree / SCENES_MARK).write_text(f"Street scenes drawn by data.py with seed {seed}.\n")
-        os.replace(tree, root)
+        try:
+            os.replace(tree, root)
+        except OSError:
+            if not (root / SCENES_MARK).exists():   # else another run was first
+                raise

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
-from data import CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, normalize, read_image
+from data import (CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, leave_ctrl_c, normalize,
+                  read_image)
 from unet import build_model
 
 NAMES = [c.name for c in CLASSES]
@@ -46,30 +47,12 @@ def pick_device(name="auto"):
     return torch.device(name)
 
 
-def faster_in_bfloat16():
-    """Whether this CPU convolves faster in bfloat16 than in float32: a race of some 50 ms.
-
-    That it has the instructions does not tell: without matrix units (AMX) they can be slower.
-    """
-    if not torch.cpu.get_capabilities().get("avx512_bf16"):
-        return False
-    times = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(4):
-        for dtype, spent in times.items():
-            x = torch.ones(1, 64, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
-            weight = torch.ones(64, 64, 3, 3, dtype=dtype)
-            start = time.perf_counter()
-            F.conv2d(x, weight)
-            spent.append(time.perf_counter() - start)
-    return min(times[torch.bfloat16]) < 0.9 * min(times[torch.float32])
-
-
 def pick_amp(name, device):
-    """The autocast dtype, or None for float32: "auto" is bfloat16 where it is in the hardware."""
+    """The autocast dtype, or None for float32: "auto" is bfloat16 where that is faster."""
     hardware = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported(
         including_emulation=False)
-    if name == "auto" and device.type == "cpu":
-        name = "bf16" if faster_in_bfloat16() else "off"
+    if name == "auto" and device.type == "cpu":     # faster on matrix units only (Intel's AMX)
+        name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "off"
     elif name == "auto":
         name = "bf16" if hardware else "fp16" if device.type == "cuda" else "off"
     if name == "bf16" and not hardware:
@@ -137,7 +120,8 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
     """
     model.eval()
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
-    loader = torch.utils.data.DataLoader(dataset, 1, num_workers=workers)
+    loader = torch.utils.data.DataLoader(dataset, 1, num_workers=workers,
+                                         worker_init_fn=leave_ctrl_c)
     for i, (image, label) in enumerate(progress(loader, "evaluating")):
         prediction = predict(model, image.to(device), dtype, tta)
         matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
@@ -231,7 +215,7 @@ def comparison(names, results):
     lines = [f"{'IoU':14s}" + "".join(f"{n:>{width}s}" for n in names)]
     for name, values in rows:
         best = max((v for v in values if v is not None), default=None)
-        cells = (number(v) + ("*" if v is not None and v == best else " ") for v in values)
+        cells = (number(v) + ("*" if v and v == best else " ") for v in values)
         lines.append(f"{name:14s}" + "".join(f"{c:>{width}s}" for c in cells))
     return "\n".join(lines)
 
@@ -316,12 +300,12 @@ def score(ckpt, dataset, out, args):
         if args.labels_out:
             save_labels(prediction.numpy(), args.labels_out, dataset.frames[i])
         if i in chosen:
-            pictured[i] = truth_row(image, label, prediction)
+            row = truth_row(image, label, prediction)
             titles = ["image", "truth", "prediction", "errors"]
-            if args.split == "test":
-                pictured[i] = [pictured[i][0], pictured[i][2]]
-                titles = ["image", "prediction"]
-            panel([pictured[i]], titles).save(out / f"panel_{dataset.frames[i]}.png")
+            every = 2 if args.split == "test" else 1            # no truth and no errors there
+            panel([row[::every]], titles[::every]).save(out / f"panel_{dataset.frames[i]}.png")
+            if len(args.ckpt) > 1:
+                pictured[i] = row
 
     matrix = evaluate(ckpt.model, dataset, args.device, args.amp, args.tta, args.workers, visit)
     result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "split": args.split,
@@ -351,10 +335,13 @@ def histogram(pixels):
 
 def picture_folder(ckpt, args):
     """Colour map and overlay of every picture in --images, and what they show."""
-    files = sorted(f for f in args.images.iterdir()
-                   if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif"))
+    kinds = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"
+    files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in kinds)
     if not files:
-        raise FileNotFoundError(f"{args.images}: holds no .png, .jpg, .webp, .bmp or .tif")
+        raise FileNotFoundError(f"{args.images}: holds no {', '.join(kinds)}")
+    for one, other in zip(files, files[1:]):
+        if one.stem == other.stem:
+            raise ValueError(f"{one}: would be pictured under the name of {other.name}; rename it")
     args.out.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros(len(CLASSES), np.int64)
     for file in progress(files, "predicting"):

@@ -23,7 +23,7 @@ def _pixel_mean(loss, target, weights):
     table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
     table[:len(weights)] = weights
     w = table[target]
-    return (w * loss).sum() / w.sum().clamp_min(1e-6)
+    return (w * loss).sum() / w.sum().clamp_min(1e-30)
 
 
 def cross_entropy(logits, target, weights):
@@ -61,7 +61,7 @@ def dice(logits, target, weights):
     overlap, truth = (p * t).sum((0, 2, 3)), t.sum((0, 2, 3))       # C
     score = 2 * overlap / (p.sum((0, 2, 3)) + truth).clamp_min(1e-6)
     w = weights * (truth > 0)
-    return (w * (1 - score)).sum() / w.sum().clamp_min(1e-6)
+    return (w * (1 - score)).sum() / w.sum().clamp_min(1e-30)
 
 
 def ce_dice(logits, target, weights):

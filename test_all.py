@@ -232,8 +232,8 @@ def test_imagenet_weights():
             assert torch.equal(value, state[key]), key
         del state["layer1.0.conv1.weight"]              # nothing may be missing
         torch.save(state, path)
-        message = raises(RuntimeError, unet.build_model, "resnet18", 19, True)
-        assert "layer1.0.conv1.weight" in message
+        message = raises(OSError, unet.build_model, "resnet18", 19, True)
+        assert "layer1.0.conv1.weight" in message and str(path.parent) in message
         torch.save({"conv1.weight": Hostile()}, path)
         assert str(path.parent) in raises(OSError, unet.build_model, "resnet18", 19, True)
         assert not (FOLDER / "owned").exists()
@@ -691,7 +691,8 @@ def test_resume_is_as_if_never_stopped():
     assert load(out)["step"] == 6 and len(load(out)["log"]) == 1
     resume(out)
     assert_same_run(whole, out)
-    assert len(resume(out, "--epochs", "3")) == 3       # and longer, if one asks for it
+    assert len(resume(out, "--epochs", "3", "--amp", "fp16")) == 3      # and longer, if asked
+    assert "further" in raises(ValueError, resume, out, "--epochs", "1")
     for wrong in ("--lr 1", "--loss ce", "--seed 1", "--crop 32 32", "--out elsewhere"):
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             raises(SystemExit, resume, out, *wrong.split())
@@ -824,6 +825,17 @@ def test_a_loss_that_explodes_stops_the_run():
     frames = data.Cityscapes(scenes(), "train")
     assert "step 4 " in message and all(str(frames.images[i % 6]) in message for i in items)
     assert load(out)["step"] == 3
+
+    def poison(self, *args):
+        loss = real(self, *args)
+        if self.step == 2:                              # a finite loss, and an update that is not
+            next(self.model.parameters()).data.fill_(float("inf"))
+        return loss
+
+    out = FOLDER / "inf"
+    with mock.patch("train.Run.train_step", poison):
+        message = raises(FloatingPointError, small_run, out, "--save-minutes", "0")
+    assert "step 2" in message and load(out)["step"] == 1
 
 
 def run_eval(*options):

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import (CLASSES, SCENES_MARK, Cityscapes, class_pixels, class_weights, make_scenes,
-                  normalize)
+from data import (CLASSES, SCENES_MARK, Cityscapes, class_pixels, class_weights, leave_ctrl_c,
+                  make_scenes, normalize)
 from eval import (autocast, command_line, evaluate, load_checkpoint, pick_amp, pick_device,
                   summarize, within)
 from losses import LOSSES, build_loss
@@ -168,6 +168,9 @@ def set_up_data(args, device):
         raise ValueError(f"--batch {args.batch} is more than the {len(train_set)} training frames")
     if args.batch % WORLD:
         raise ValueError(f"--batch {args.batch} cannot be shared equally by {WORLD} processes")
+    if args.batch == WORLD and max(args.crop) <= 32:
+        raise ValueError("one frame of 32 x 32 is a single value at stride 32, which BatchNorm "
+                         "cannot normalise: raise --batch or --crop")
     return train_set, val_set
 
 
@@ -225,8 +228,8 @@ def write(data, path):
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror}); free some room, then go on "
-                      "with --resume") from error
+        raise OSError(f"{path}: cannot be written ({error.strerror}); mend that, then go on with "
+                      "--resume") from error
 
 
 @contextlib.contextmanager
@@ -276,6 +279,9 @@ class Run:
         self.net = torch.compile(net) if args.compile else net
         self.per_epoch = len(self.train_set) // args.batch
         self.steps = args.epochs * self.per_epoch
+        if self.step > self.steps:
+            raise ValueError(f"--epochs {args.epochs}: the run is further already, at epoch "
+                             f"{self.step // self.per_epoch + 1}")
 
     def restore(self, path):
         """Load a last.pt."""
@@ -287,7 +293,8 @@ class Run:
                              f"the run of {path} began with {last['frames']}")
         self.model.load_state_dict(last["model"])
         self.optimizer.load_state_dict(last["optimizer"])
-        self.scaler.load_state_dict(last["scaler"])
+        if last["scaler"]:                          # else the run was not one in float16
+            self.scaler.load_state_dict(last["scaler"])
         for name in POSITION:
             setattr(self, name, last[name])
 
@@ -300,7 +307,10 @@ class Run:
             write(file.getbuffer(), self.out / name)
 
     def save_last(self):
-        """Write last.pt."""
+        """Write last.pt. Raises FloatingPointError instead if the weights are not finite."""
+        if not torch.stack([v.isfinite().all() for v in self.model.state_dict().values()]).all():
+            raise FloatingPointError(f"the weights are not finite after step {self.step}: lower "
+                                     "--lr, or try --amp off; last.pt is from before")
         self.saved = time.monotonic()
         self.seconds = self.saved - self.began
         self.save("last.pt", optimizer=self.optimizer.state_dict(), frames=len(self.train_set),
@@ -312,7 +322,7 @@ class Run:
         share = schedule(self.step, self.steps, min(500, self.per_epoch))
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
-        torch.manual_seed(hash((self.args.seed, self.step, RANK)))      # for stochastic depth
+        torch.manual_seed(hash((self.args.seed, self.step, RANK)))  # of integers: always the same
         x = normalize(images).contiguous(memory_format=torch.channels_last)
         with autocast(self.device, self.dtype):
             logits = self.net(x)
@@ -371,9 +381,8 @@ class Run:
                "lr": max(group["lr"] for group in self.optimizer.param_groups),
                **{k: scores[k] for k in ("pixel_accuracy", "miou", "mean_dice")},
                "images_per_s": images_per_s, "data_wait": data_wait, "seconds": self.seconds}
-        left = self.seconds / self.step * (self.steps - self.step)
-        say(LINE.format(**row, epochs=self.args.epochs,
-                        left=f"{left // 60:.0f}m{left % 60:02.0f}s"))
+        left = round(self.seconds / self.step * (self.steps - self.step))
+        say(LINE.format(**row, epochs=self.args.epochs, left=f"{left // 60}m{left % 60:02d}s"))
         self.log.append({**row, **{f"iou {k}": c["iou"] for k, c in scores["classes"].items()}})
         self.loss_sum = 0.0
         if scores["miou"] > self.best:
@@ -395,7 +404,7 @@ class Run:
                  for step in range(self.step, self.steps))
         batches = iter(torch.utils.data.DataLoader(
             self.train_set, batch_sampler=items, num_workers=args.workers,
-            pin_memory=self.device.type == "cuda"))
+            worker_init_fn=leave_ctrl_c, pin_memory=self.device.type == "cuda"))
         self.net.train()
         self.saved = time.monotonic()
         self.began = self.saved - self.seconds      # as if it had never stopped

@@ -382,13 +382,13 @@ def load_imagenet(encoder, url):
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
+        state = state.get("model", state)           # ConvNeXt's file wraps its weights
+        head = ("fc.", "norm.", "head.")            # the classifier, for which a U-Net has no use
+        encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
     except Exception as error:                      # no network, no room, a broken file, ...
-        reason = str(error).split("\n")[0]
+        reason = " ".join(str(error).split())[:200]
         raise OSError(f"no ImageNet weights from {url} ({type(error).__name__}: {reason}): put "
                       f"that file, whole, into {folder} by hand, or use --no-pretrained") from error
-    state = state.get("model", state)               # ConvNeXt's file wraps its weights
-    head = ("fc.", "norm.", "head.")                # the classifier, which a U-Net has no use for
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith(head)})
 
 
 def build_model(name, num_classes=19, pretrained=False):
