@@ -178,12 +178,12 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     label by nearest. A box that reaches beyond the frame is padded, with the mean colour and 255.
     """
     (h, w), (width, height) = crop, image.size
-    scale = math.exp(rng.uniform(*np.log(scale)))   # as often enlarged as shrunk
-    spare_x, spare_y = width - w / scale, height - h / scale    # negative: the box is larger
+    zoom = math.exp(rng.uniform(*np.log(scale)))    # as often enlarged as shrunk
+    spare_x, spare_y = width - w / zoom, height - h / zoom      # negative: the box is larger
     x = rng.uniform(min(0, spare_x), max(0, spare_x))
     y = rng.uniform(min(0, spare_y), max(0, spare_y))
-    box = max(0, x), max(0, y), min(width, x + w / scale), min(height, y + h / scale)
-    left, top, right, bottom = (round((b - o) * scale) for b, o in zip(box, (x, y, x, y)))
+    box = max(0, x), max(0, y), min(width, x + w / zoom), min(height, y + h / zoom)
+    left, top, right, bottom = (round((b - o) * zoom) for b, o in zip(box, (x, y, x, y)))
     size = max(1, right - left), max(1, bottom - top)
     image = jitter(image.resize(size, Image.BILINEAR, box), rng)
     label = label.resize(size, Image.NEAREST, box)
@@ -209,8 +209,9 @@ def jitter(image, rng):
 
 # -------------------------------------------------------------------------------- CopyBlob
 
+# The classes that Cityscapes holds little of and networks miss most, and what each stands on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
-HORIZON = 0.42                                      # share of the frame above it, about
+HORIZON = 0.42                                      # share of a frame above it, judged by eye
 Blob = namedtuple("Blob", "name image mask below")  # below: pixels from the horizon to its foot
 
 
@@ -245,7 +246,7 @@ def copy_blob(image, label, blob, rng):
     carrier = CLASSES[TRAIN_ID[CARRIER[blob.name]]].label_id
     ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
     scales = (ys - HORIZON * image.height) / blob.below
-    places = np.flatnonzero((scales > 0.5) & (scales < 2))      # beyond, the blob shows its pixels
+    places = np.flatnonzero((scales > 0.5) & (scales < 2))      # beyond, it looks coarse or smeared
     if not len(places):
         return image, label
     at = places[rng.integers(len(places))]

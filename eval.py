@@ -223,13 +223,16 @@ def comparison(names, results):
 # ------------------------------------------------------------------------------ in pictures
 
 TILE, FONT = 512, ImageFont.load_default(15)        # width of one picture in a panel, in pixels
+WRONG = (255, 40, 40)
 
 
 def panel(rows, titles):
     """Rows of equal pictures, uint8 H x W x 3, below their titles and above a legend."""
     height = max(1, round(TILE * rows[0][0].shape[0] / rows[0][0].shape[1]))
-    columns = len(rows[0])
-    key = 28 * -(-len(CLASSES) // (4 * columns))        # height of the legend, 4 to a column
+    columns, legend = len(rows[0]), [(c.name, c.color) for c in CLASSES] + [("ignored", "black")]
+    if "errors" in titles:
+        legend.append(("wrong", WRONG))
+    key = 28 * -(-len(legend) // (4 * columns))         # height of the legend, 4 to a column
     sheet = Image.new("RGB", (TILE * columns, 26 + height * len(rows) + key), "white")
     draw = ImageDraw.Draw(sheet)
     for x, title in enumerate(titles):
@@ -239,10 +242,10 @@ def panel(rows, titles):
             sharp = Image.NEAREST if picture.shape[1] < TILE else Image.BILINEAR
             tile = Image.fromarray(picture).resize((TILE - 4, height - 4), sharp)
             sheet.paste(tile, (x * TILE + 2, 26 + y * height))
-    for i, c in enumerate(CLASSES):
+    for i, (name, color) in enumerate(legend):
         x, y = i % (4 * columns) * TILE // 4 + 6, sheet.height - key + 28 * (i // (4 * columns)) + 4
-        draw.rectangle((x, y, x + 18, y + 18), c.color)
-        draw.text((x + 24, y), c.name, "black", FONT)
+        draw.rectangle((x, y, x + 18, y + 18), color)
+        draw.text((x + 24, y), name, "black", FONT)
     return sheet
 
 
@@ -250,7 +253,7 @@ def truth_row(image, label, prediction):
     """image | truth | prediction | errors: right pixels dark, wrong ones red, ignored black."""
     image, label, prediction = image.permute(1, 2, 0).numpy(), label.numpy(), prediction.numpy()
     errors = image // 3
-    errors[(label != prediction) & (label != IGNORE)] = (255, 40, 40)
+    errors[(label != prediction) & (label != IGNORE)] = WRONG
     errors[label == IGNORE] = 0
     return [image, PALETTE[label], PALETTE[prediction], errors]
 

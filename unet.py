@@ -235,7 +235,8 @@ class UNet(nn.Module):
 
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W: the image is padded
     with zeros (the mean colour, once normalised) to whole multiples of 32, and cropped back.
-    The logits are made at the encoder's finest stride (ResNet 2, ConvNeXt 4) and enlarged.
+    The logits are made at the encoder's finest stride (ResNet 2, ConvNeXt 4) and enlarged. `widths`
+    are the channels of the decoder, coarsest first; ConvNeXt has a skip less and takes but three.
     """
 
     def __init__(self, encoder, num_classes, widths=(256, 128, 64, 32)):
@@ -321,7 +322,8 @@ class GatedUp(nn.Module):
 
 
 class ConvUNeXt(nn.Module):
-    """The published ConvUNeXt (base_c 32, bilinear), key for key: 3.5 million parameters.
+    """The published ConvUNeXt (base_c 32, bilinear), 3.5 million parameters. The names, and each
+    Sequential of one layer, are those of the published keys.
 
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W. Odd sizes are met
     inside `GatedUp`, as published; images below 64 pixels, where the published code fails (the
