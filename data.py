@@ -265,14 +265,13 @@ def collect_blobs(dataset, most=64):
     They are cut once, from frames drawn at random, and kept in memory: to read a whole second
     frame for each blob would double the cost of a sample.
     """
-    pixels, rng = class_pixels(dataset), np.random.default_rng(dataset.seed)
+    pixels, rng = class_pixels(dataset), np.random.default_rng((dataset.seed, 0, 0, 1))
     jobs = []
     for name in CARRIER:
-        donors = np.flatnonzero(pixels[:, TRAIN_ID[name]])
-        for index in rng.permutation(donors)[:most]:
-            jobs.append((name, index, np.random.default_rng((dataset.seed, index))))
+        donors = rng.permutation(np.flatnonzero(pixels[:, TRAIN_ID[name]]))[:most]
+        jobs += zip(donors, [name] * len(donors), rng.spawn(len(donors)))
     with ThreadPoolExecutor() as pool:
-        blobs = list(pool.map(lambda job: cut_blob(*dataset.read(job[1]), job[0], job[2]), jobs))
+        blobs = list(pool.map(lambda job: cut_blob(*dataset.read(job[0]), *job[1:]), jobs))
     return {name: found for name in CARRIER if (found := [b for b in blobs if b.name == name])}
 
 
