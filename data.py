@@ -211,6 +211,7 @@ def jitter(image, rng):
 
 # The classes that Cityscapes holds little of and networks miss most, and what each stands on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
+GROUND = 6, 7, 8, 9, 10, 22             # label ids: ground, road, sidewalk, parking, rails, terrain
 HORIZON = 0.42                                      # share of a frame above it, judged by eye
 Blob = namedtuple("Blob", "name image mask below")  # below: pixels from the horizon to its foot
 
@@ -240,7 +241,7 @@ def copy_blob(image, label, blob, rng):
     image: RGB Pillow image, label: Pillow image of label ids -> image, label. The blob's foot
     lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
     linearly with the foot's distance below the horizon. What would lie outside of the frame is
-    clipped. Returns the input where there is no place for it.
+    clipped, and what stands nearer stays in front. Returns the input where there is no place.
     """
     step = max(1, image.height // 128)              # every step-th pixel is enough to choose from
     carrier = CLASSES[TRAIN_ID[CARRIER[blob.name]]].label_id
@@ -253,6 +254,10 @@ def copy_blob(image, label, blob, rng):
     size = [max(1, round(side * scales[at])) for side in blob.image.size]
     corner = int(xs[at] - size[0] // 2), int(ys[at] + 1 - size[1])
     mask = blob.mask.resize(size, Image.NEAREST)
+    # A class that covers the row of the foot, unless it is ground, stands nearer in that column.
+    behind = np.asarray(label.crop((*corner, corner[0] + size[0], corner[1] + size[1])))
+    nearer = (behind == behind[-1]) & ~np.isin(behind[-1], GROUND)
+    mask = Image.fromarray(np.asarray(mask) & ~nearer)
     image, label = image.copy(), label.copy()
     image.paste(blob.image.resize(size, Image.BILINEAR), corner, mask)
     label.paste(CLASSES[TRAIN_ID[blob.name]].label_id, corner, mask)

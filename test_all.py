@@ -540,6 +540,16 @@ def test_copy_blob():
     assert len(places) > 20
     assert np.array_equal(np.asarray(parts[1]), label), "the input was changed"
     assert data.cut_blob(*parts[:2], "bus", rng) is None        # a donor without a bus
+    label[48:95, ::4], label[48:52, 1::4] = 17, 26              # near poles and far cars
+    covered = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = data.copy_blob(parts[0], Image.fromarray(label),
+                           data.cut_blob(*parts[2:], "bus", rng), rng)[1]
+        bus = np.asarray(x) == 28
+        assert bus[95:].any() or not bus[label == 17].any()     # poles in front of what is behind
+        covered += bus[label == 26].sum()
+    assert covered
     sky = Image.fromarray(np.full_like(label, 23))              # a frame without a road
     assert data.copy_blob(parts[0], sky, data.cut_blob(*parts[2:], "bus", rng), rng)[1] is sky
 
