@@ -20,6 +20,7 @@ import signal
 import warnings
 from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,7 +77,7 @@ def read_picture(path, formats=None):
 
 
 def read_image(path):
-    """Any picture (grey, 16-bit, palette, alpha too) -> RGB Pillow image, upright."""
+    """A picture of 8 or 16 bits (grey, palette, alpha too) -> RGB Pillow image, upright."""
     picture = read_picture(path)
     ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I"):                # 16 bits, of which the upper 8 are kept
@@ -98,8 +99,8 @@ def read_label(path):
     counts = np.bincount(ids[ends], np.diff(ends, prepend=-1), 256).astype(int)
     wrong = 34 + np.flatnonzero(counts[34:255])     # 255 is label id -1
     if len(wrong):
-        raise ValueError(f"{path}: holds the values {wrong[:5].tolist()}, which no Cityscapes label "
-                         "has (label ids are 0 ... 33)")
+        raise ValueError(f"{path}: holds the values {wrong[:5].tolist()}, which no Cityscapes "
+                         "label has (label ids are 0 ... 33)")
     return label, counts
 
 
@@ -144,7 +145,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch, where items have no end
+    def __iter__(self):                             # one epoch; items go on for ever
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, k):
@@ -298,23 +299,22 @@ def class_pixels(dataset):
     stats = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in labels]
     fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()
     cache = root / f"class_pixels_{dataset.split}.npz"
-    if cache.exists():
-        try:
-            with np.load(cache) as saved:
-                if str(saved["fingerprint"]) == fingerprint:
-                    return saved["pixels"]
-        except (OSError, KeyError, ValueError, EOFError, BadZipFile):
-            pass                                    # a broken cache: count
+    try:
+        with np.load(cache) as saved:
+            if str(saved["fingerprint"]) == fingerprint:
+                return saved["pixels"]
+    except (OSError, KeyError, ValueError, EOFError, BadZipFile):
+        pass                                        # no cache, or a broken one: count
     print(f"counting the pixels of each class in {len(labels)} labels, once", flush=True)
     with ThreadPoolExecutor() as pool:              # Pillow decodes outside of Python's lock
         counts = [counts for _, counts in pool.map(read_label, labels)]
     pixels = np.array(counts)[:, TRAIN_TO_LABEL[:len(CLASSES)]]
-    try:
-        part = cache.with_suffix(f".{os.getpid()}.npz")
+    part = cache.with_suffix(f".{os.getpid()}.npz")
+    with suppress(OSError):                         # a root that is read-only, a full disk
         np.savez(part, fingerprint=fingerprint, pixels=pixels)
         os.replace(part, cache)
-    except OSError:
-        pass
+    with suppress(OSError):
+        part.unlink()
     return pixels
 
 
@@ -331,15 +331,13 @@ def class_weights(pixels, scheme):
     if not total.any():
         raise ValueError("no training label holds any of the 19 classes: no weights from that")
     if scheme == "enet":
-        return torch.tensor(1 / np.log(1.02 + total / total.sum()), dtype=torch.float32)
-    if scheme != "median":
+        w = 1 / np.log(1.02 + total / total.sum())
+    elif scheme == "median":
+        f = total / ((pixels > 0) * pixels.sum(1, keepdims=True)).sum(0).clip(1)
+        w = np.divide(np.median(f[f > 0]), f, out=np.zeros(len(f)), where=f > 0)
+    else:
         raise ValueError(f"no class weights are called {scheme!r}; there are: none, enet, median")
-    around = ((pixels > 0) * pixels.sum(1, keepdims=True)).sum(0)
-    held = total > 0
-    frequency = total[held] / around[held]
-    weights = np.zeros(len(total))
-    weights[held] = np.median(frequency) / frequency
-    return torch.tensor(weights, dtype=torch.float32)
+    return torch.tensor(w, dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------- scenes

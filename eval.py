@@ -41,7 +41,7 @@ def pick_device(name="auto"):
                 "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used here ({reason}); try cpu") from error
     return torch.device(name)
@@ -49,14 +49,13 @@ def pick_device(name="auto"):
 
 def pick_amp(name, device):
     """The autocast dtype, or None for float32: "auto" is bfloat16 where that is faster."""
-    hardware = device.type == "cpu" or device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False)
-    if name == "auto" and device.type == "cpu":     # faster on matrix units only (Intel's AMX)
-        name = "bf16" if torch.cpu.get_capabilities().get("amx_bf16") else "off"
-    elif name == "auto":
-        name = "bf16" if hardware else "fp16" if device.type == "cuda" else "off"
-    if name == "bf16" and not hardware:
-        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; leave --amp to itself")
+    cpu, cuda = device.type == "cpu", device.type == "cuda"
+    has_bf16 = cpu or cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":                              # a CPU gains on matrix units only (AMX)
+        gains = torch.cpu.get_capabilities().get("amx_bf16") if cpu else has_bf16
+        name = "bf16" if gains else "fp16" if cuda else "off"
+    if name == "bf16" and not has_bf16:
+        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; use --amp auto")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -150,7 +149,7 @@ Checkpoint = namedtuple("Checkpoint", "path name model settings")
 
 
 def rebuild(path, device):
-    """The model that train.py saved to `path`, with its settings. Raises ValueError as above."""
+    """The model that train.py saved to `path`, and its settings. Raises as `load_checkpoint`."""
     saved = load_checkpoint(path)
     settings = {**saved["settings"], "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
     try:
@@ -168,18 +167,16 @@ def rebuild(path, device):
 
 def summarize(matrix):
     """Every score of one confusion matrix as plain values; a class that is nowhere has None."""
-    iou, dice, lost = (f(matrix) for f in (metrics.iou, metrics.dice, metrics.confusions))
-
     def plain(x):
         return None if x.isnan() else x.item()
 
-    classes = {}
+    iou, dice, classes = metrics.iou(matrix), metrics.dice(matrix), {}
+    most, other = metrics.confusions(matrix).nan_to_num().max(1)
     for c, name in enumerate(NAMES):
-        worst = lost[c].nan_to_num().argmax()
-        confused = None if not lost[c, worst] > 0 else {
-            "with": NAMES[worst], "share_of_union": lost[c, worst].item()}
+        confused = {"with": NAMES[other[c]], "share_of_union": most[c].item()}
         classes[name] = {"iou": plain(iou[c]), "dice": plain(dice[c]),
-                         "pixels": matrix[c].sum().item(), "most_confused": confused}
+                         "pixels": matrix[c].sum().item(),
+                         "most_confused": confused if most[c] > 0 else None}
     return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)), "miou": plain(iou.nanmean()),
             "mean_dice": plain(dice.nanmean()), "classes_scored": int((~iou.isnan()).sum()),
             "classes": classes, "confusion_matrix": matrix.tolist()}
@@ -195,11 +192,10 @@ def table(result):
     total = max(1, sum(c["pixels"] for c in result["classes"].values()))
     rows = sorted(result["classes"].items(),
                   key=lambda row: (row[1]["iou"] is None, row[1]["iou"] or 0))
-    lines = [f"{'worst first':14s}   IoU   Dice  pixels  most confused with"]
+    lines = ["worst first      IoU   Dice  pixels  most confused with"]
     for name, c in rows:
-        confused = c["most_confused"]
-        text = (f"{confused['with']} ({confused['share_of_union']:.0%} of its union)"
-                if confused else "-")
+        other = c["most_confused"]
+        text = f"{other['with']} ({other['share_of_union']:.0%} of its union)" if other else "-"
         lines.append(f"{name:14s} {number(c['iou'])}  {number(c['dice'])}  "
                      f"{c['pixels'] / total:6.2%}  {text}")
     scored = f"mean of {result['classes_scored']} classes"
@@ -315,7 +311,7 @@ def score(ckpt, dataset, out, args):
               "data": str(args.data), "images": len(dataset), "tta": args.tta, **summarize(matrix)}
     if args.split == "test":
         print("the test split has no labels, so there is no score; predicted classes:")
-        print(histogram(pixels))
+        print(predicted_classes(pixels))
         return result, pictured
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
     title = f"{ckpt.path} on {args.split}, mIoU {number(result['miou'])}"
@@ -323,11 +319,11 @@ def score(ckpt, dataset, out, args):
     print(table(result))
     pixels = matrix.sum(0).numpy()
     if pixels.max() > 0.95 * pixels.sum():
-        print(histogram(pixels))
+        print(predicted_classes(pixels))
     return result, pictured
 
 
-def histogram(pixels):
+def predicted_classes(pixels):
     """The share of each predicted class, largest first, and a warning if there is but one."""
     share = pixels / max(1, pixels.sum())
     text = ", ".join(f"{NAMES[c]} {share[c]:.1%}" for c in np.argsort(-share) if share[c] > 0)
@@ -342,9 +338,11 @@ def picture_folder(ckpt, args):
     files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in kinds)
     if not files:
         raise FileNotFoundError(f"{args.images}: holds no {', '.join(kinds)}")
-    for one, other in zip(files, files[1:]):
-        if one.stem == other.stem:
-            raise ValueError(f"{one}: would be pictured under the name of {other.name}; rename it")
+    named = {file.stem: file for file in files}
+    for file in files:
+        if named[file.stem] != file:
+            raise ValueError(f"{file}: would be pictured under the name of "
+                             f"{named[file.stem].name}; rename it")
     args.out.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros(len(CLASSES), np.int64)
     for file in progress(files, "predicting"):
@@ -356,7 +354,8 @@ def picture_folder(ckpt, args):
         Image.fromarray(image // 2 + PALETTE[ids] // 2).save(args.out / f"{file.stem}_overlay.png")
         if args.labels_out:
             save_labels(ids, args.labels_out, file.stem)
-    print(f"{len(files)} pictures -> {args.out}/*_color.png, *_overlay.png\n{histogram(pixels)}")
+    print(f"{len(files)} pictures -> {args.out}/*_color.png, *_overlay.png")
+    print(predicted_classes(pixels))
 
 
 def parse_args(argv=None):
@@ -397,14 +396,13 @@ def main(argv=None):
     args.data = args.data or Path(ckpts[0].settings["data"])
     dataset = Cityscapes(args.data, args.split)
     print(f"{len(dataset)} {args.split} frames of {args.data}, scored at full size", flush=True)
-    results, pictures = [], []
+    scored = []
     for ckpt in ckpts:
         print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
               f"epoch {ckpt.settings['epoch']}")
         out = args.out / ckpt.name if len(ckpts) > 1 else args.out
-        result, pictured = score(ckpt, dataset, out, args)
-        results.append(result)
-        pictures.append(pictured)
+        scored.append(score(ckpt, dataset, out, args))
+    results, pictures = zip(*scored)
     if len(ckpts) > 1:
         print("\n" + comparison([c.name for c in ckpts], results))
         rows = [[*pictures[0][i][:2], *(p[i][2] for p in pictures)] for i in sorted(pictures[0])]
@@ -431,7 +429,7 @@ def command_line(main):
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
             raise
-        line = "out of memory: lower --batch, --crop or --workers, or take a smaller --model"
+        line = "out of memory: lower --workers, and for training --batch, --crop or --model, too"
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
     sys.exit(2)
 

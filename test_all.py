@@ -901,6 +901,9 @@ def test_eval_other_uses():
     for mode, size in (("L", (40, 30)), ("RGBA", (33, 17)), ("RGB", (50, 20))):
         for kind in ("color", "overlay"):
             assert Image.open(FOLDER / "looks" / f"{mode}_{kind}.png").size == size
+    for name in ("L.k.png", "L.tif"):                   # the latter would replace what L.png gave
+        Image.new("L", (9, 9)).save(pictures / name)
+    assert "L.tif" in raises(ValueError, run_eval, "--ckpt", best, "--images", pictures)
 
     test = write_tree(FOLDER / "test-split", np.zeros((30, 40), np.uint8), split="test")
     run_eval("--ckpt", best, "--data", test, "--split", "test", "--labels-out", FOLDER / "t",
@@ -911,7 +914,7 @@ def test_eval_other_uses():
 
 
 def test_tta_undoes_its_flips():
-    """A network that looks at one pixel only must predict the same with and without."""
+    """A network that looks at one pixel only predicts the same, but where resizing blends."""
     model = torch.nn.Conv2d(3, 19, 1)
     images = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
     images = images.repeat_interleave(8, 2).repeat_interleave(8, 3)

@@ -26,7 +26,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions that learn a correction to their input (ResNet, fig. 5 left).
 
-    N x channels x H x W -> N x out x ceil(H / stride) x ceil(W / stride)
+    N x channels x H x W -> N x width x ceil(H / stride) x ceil(W / stride)
     """
     expansion = 1
 
@@ -40,8 +40,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)) + self.downsample(x), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -65,8 +64,7 @@ class Bottleneck(nn.Module):
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x), inplace=True)
 
 
 def shortcut(channels, out, stride):
@@ -109,9 +107,6 @@ class ResNet(nn.Module):
 class ChannelLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel, N x C x H x W in and out."""
 
-    def __init__(self, channels):
-        super().__init__(channels, eps=1e-6)
-
     def forward(self, x):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
@@ -124,7 +119,7 @@ class DepthwiseConv(nn.Conv2d):
                          padding_mode=padding_mode)
 
     def forward(self, x):
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
+        if x.device.type != "cpu" or not torch.is_grad_enabled():   # only its gradient is slow
             return super().forward(x)
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return ThinStrips.apply(F.pad(x, (3, 3, 3, 3), mode), self.weight, self.bias)
@@ -172,11 +167,10 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x):
         y = self.dwconv(x).permute(0, 2, 3, 1)      # N H W C: a Linear is a 1x1 convolution
         y = self.gamma * self.pwconv2(F.gelu(self.pwconv1(self.norm(y))))
-        y = y.permute(0, 3, 1, 2)
         if self.training and self.drop_path:
             keep = torch.rand(len(x), 1, 1, 1, device=x.device) >= self.drop_path
             y = y * (keep / (1 - self.drop_path))   # the expectation stays what it is
-        return x + y
+        return x + y.permute(0, 3, 1, 2)
 
 
 class ConvNeXt(nn.Module):
@@ -190,10 +184,10 @@ class ConvNeXt(nn.Module):
         super().__init__()
         self.channels = list(channels)
         self.downsample_layers = nn.ModuleList([nn.Sequential(
-            nn.Conv2d(3, channels[0], 4, stride=4), ChannelLayerNorm(channels[0]))])
+            nn.Conv2d(3, channels[0], 4, stride=4), ChannelLayerNorm(channels[0], 1e-6))])
         for fine, coarse in zip(channels, channels[1:]):
             self.downsample_layers.append(nn.Sequential(
-                ChannelLayerNorm(fine), nn.Conv2d(fine, coarse, 2, stride=2)))
+                ChannelLayerNorm(fine, 1e-6), nn.Conv2d(fine, coarse, 2, stride=2)))
         rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
         self.stages = nn.ModuleList(
             nn.Sequential(*(ConvNeXtBlock(width, next(rates)) for _ in range(depth)))
@@ -306,8 +300,7 @@ class GatedUp(nn.Module):
         def enlarged(weight):                       # enlarge(weight @ z), N H' W' C
             y = F.conv2d(z, weight[..., None, None])
             y = F.interpolate(y, scale_factor=2, mode="bilinear", align_corners=True)
-            y = F.pad(y, (dx // 2, dx - dx // 2, dy // 2, dy - dy // 2))
-            return y.permute(0, 2, 3, 1)
+            return F.pad(y, (dx // 2, dx - dx // 2, dy // 2, dy - dy // 2)).permute(0, 2, 3, 1)
 
         wf, ww, wv = self.gate.weight.chunk(3)
         bf, bw, bv = self.gate.bias.chunk(3)
@@ -365,7 +358,7 @@ class ConvUNeXt(nn.Module):
 # -------------------------------------------------------------------- by name, with weights
 
 TORCHVISION = "https://download.pytorch.org/models"
-ENCODERS = {            # how each is built, and the ImageNet-1k weights that its authors published
+ENCODERS = {            # how each is built, and its ImageNet-1k weights (torchvision's, Meta's)
     "resnet18": (lambda: ResNet(BasicBlock, (2, 2, 2, 2)), f"{TORCHVISION}/resnet18-f37072fd.pth"),
     "resnet34": (lambda: ResNet(BasicBlock, (3, 4, 6, 3)), f"{TORCHVISION}/resnet34-b627a593.pth"),
     "resnet50": (lambda: ResNet(Bottleneck, (3, 4, 6, 3)), f"{TORCHVISION}/resnet50-11ad3fa6.pth"),
