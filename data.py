@@ -248,6 +248,7 @@ def copy_blob(image, label, blob, rng):
     lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
     linearly with the foot's distance below the horizon. What would lie outside of the frame is
     clipped, and what stands nearer stays in front. Returns the input where there is no place.
+    After Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177), for classes instead of instances.
     """
     step = max(1, image.height // 128)              # every step-th pixel is enough to choose from
     carrier = CLASSES[TRAIN_ID[CARRIER[blob.name]]].label_id
