@@ -140,8 +140,8 @@ def adapt(args, size, device):
     # As each was trained for ImageNet. AdamW's rates are ours, a usual choice, not tuned.
     default("optimizer", "adamw" if args.model.startswith("convnext") else "sgd")
     sgd = args.optimizer == "sgd"
-    # SGD's rate grows with the batch (Goyal et al. 2017, arXiv 1706.02677). On real frames, from
-    # random weights, 0.003 at batch 2 beat 0.01 and 0.05; the scenes' few steps want a high one.
+    # SGD's rate grows with the batch (Goyal et al. 2017, arXiv 1706.02677), to about the usual
+    # 0.01 at batch 8. A short training from random weights, as on the scenes, wants a higher one.
     default("lr", 1e-3 if not sgd else 0.05 if small else 0.0015 * args.batch)
     default("encoder_lr", 0.5 if sgd else 0.1)
     default("weight_decay", 5e-4 if sgd else 0.01)
