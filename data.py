@@ -219,42 +219,49 @@ def jitter(image, rng):
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 GROUND = 6, 7, 8, 9, 10, 22             # label ids: ground, road, sidewalk, parking, rails, terrain
 HORIZON = 0.42                                      # share of a frame above it, judged by eye
-Blob = namedtuple("Blob", "name image mask below")  # below: pixels from the horizon to its foot
+Blob = namedtuple("Blob", "name image mask foot")   # foot: pixels from mid-horizon to it, (x, y)
 
 
 def cut_blob(image, label, name, rng):
     """Cut a blob of the class `name` out of a frame -> Blob, or None where there is none.
 
     image: RGB Pillow image, label: Pillow image of label ids. The blob is what the class fills in
-    one unbroken range of columns; larger ones are taken more often.
+    one unbroken range of columns; larger ones are taken more often. It must stand in the open,
+    with ground below it in most columns: one whose foot is hidden would float where it is pasted.
     """
-    mask = np.asarray(label) == CLASSES[TRAIN_ID[name]].label_id
+    ids = np.asarray(label)
+    mask = ids == CLASSES[TRAIN_ID[name]].label_id
+    feet = len(ids) - 1 - mask[::-1].argmax(0)                  # the lowest row in each column
+    grounded = np.isin(np.append(ids, ids[-1:], 0)[feet + 1, np.arange(ids.shape[1])], GROUND)
     edges = np.diff(mask.any(0), prepend=False, append=False)   # True where a range starts, stops
-    ranges = np.flatnonzero(edges).reshape(-1, 2)               # [start, stop) of each blob
-    if not len(ranges):
+    ranges = [(a, b) for a, b in np.flatnonzero(edges).reshape(-1, 2) if grounded[a:b].mean() > 0.7]
+    if not ranges:
         return None
-    sizes = [mask[:, a:b].sum() for a, b in ranges]
+    sizes = [mask[:, a:b].sum() for a, b in ranges]             # [a, b): the columns of a blob
     left, right = ranges[rng.choice(len(ranges), p=np.array(sizes) / sum(sizes))]
     rows = np.flatnonzero(mask[:, left:right].any(1))
     box = int(left), int(rows[0]), int(right), int(rows[-1] + 1)
-    return Blob(name, image.crop(box), Image.fromarray(mask).crop(box),
-                max(1.0, box[3] - HORIZON * image.height))
+    foot = (left + right - image.width) / 2, max(1.0, box[3] - HORIZON * image.height)
+    return Blob(name, image.crop(box), Image.fromarray(mask).crop(box), foot)
 
 
 def copy_blob(image, label, blob, rng):
     """CopyBlob: paste a blob of a rare class onto the class that carries it (CARRIER).
 
     image: RGB Pillow image, label: Pillow image of label ids -> image, label. The blob's foot
-    lands on a random pixel of the carrier, and it is resized as perspective asks: height grows
-    linearly with the foot's distance below the horizon. What would lie outside of the frame is
-    clipped, and what stands nearer stays in front. Returns the input where there is no place.
+    lands on a random pixel of the carrier, nearer or farther along the line through the vanishing
+    point on which it stood, give or take half its width, for its sides show from there only. It is
+    resized as perspective asks: in proportion to the foot's distance below the horizon. What
+    would lie outside of the frame is clipped, and what stands nearer stays in front. Returns the
+    input where there is no place.
     After Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177), for classes instead of instances.
     """
     step = max(1, image.height // 128)              # every step-th pixel is enough to choose from
     carrier = CLASSES[TRAIN_ID[CARRIER[blob.name]]].label_id
     ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
-    scales = (ys - HORIZON * image.height) / blob.below
-    places = np.flatnonzero((scales > 0.5) & (scales < 2))      # beyond, it looks coarse or smeared
+    scales = (ys - HORIZON * image.height) / blob.foot[1]
+    astray = np.abs(xs - image.width / 2 - scales * blob.foot[0]) / blob.image.width
+    places = np.flatnonzero((scales > 0.5) & (scales < 2) & (astray < scales / 2))
     if not len(places):
         return image, label
     at = places[rng.integers(len(places))]
@@ -283,7 +290,8 @@ def collect_blobs(dataset, most=64):
         donors = rng.permutation(np.flatnonzero(pixels[:, TRAIN_ID[name]]))[:most]
         jobs += zip(donors, [name] * len(donors), rng.spawn(len(donors)))
     with ThreadPoolExecutor() as pool:
-        blobs = list(pool.map(lambda job: cut_blob(*dataset.read(job[0]), *job[1:]), jobs))
+        blobs = pool.map(lambda job: cut_blob(*dataset.read(job[0]), *job[1:]), jobs)
+        blobs = [blob for blob in blobs if blob]
     return {name: found for name in CARRIER if (found := [b for b in blobs if b.name == name])}
 
 

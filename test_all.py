@@ -526,11 +526,20 @@ def test_copy_blob():
             assert foot >= 49 and label[min(foot + 1, 99), columns[len(columns) // 2]] == 7
             if columns[0] > 0 and columns[-1] < 199 and foot < 99:      # not clipped
                 ratio = len(rows) / (foot - 42)                         # horizon at row 42
-                assert abs(ratio - 40 / 28) < 0.25 or abs(ratio - 4 / 22) < 0.1, ratio
+                large = abs(ratio - 40 / 28) < 0.25
+                assert large or abs(ratio - 4 / 22) < 0.1, ratio
+                line = -60 / 28 if large else 52 / 22               # on which it stood
+                astray = columns.mean() + 0.5 - 100 - line * (foot - 42)
+                assert abs(astray) < len(columns) / 2 + 3, astray
                 places.add((foot, columns[0]))
     assert len(places) > 20
     assert np.array_equal(np.asarray(parts[1]), label), "the input was changed"
     assert data.cut_blob(*parts[:2], "bus", rng) is None        # a donor without a bus
+    hidden = donor_label.copy()
+    hidden[60:64, 150:154], hidden[70, 20:30] = 7, 26           # a car before a part of its foot
+    assert data.cut_blob(parts[2], Image.fromarray(hidden), "bus", rng)
+    hidden[70, 20:40] = 26                                      # before half of it
+    assert data.cut_blob(parts[2], Image.fromarray(hidden), "bus", rng) is None
     label[48:95, ::4], label[48:52, 1::4] = 17, 26              # near poles and far cars
     covered = 0
     for seed in range(20):
