@@ -218,8 +218,8 @@ def jitter(image, rng):
 # The classes that Cityscapes holds little of and networks miss most, and what each stands on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 GROUND = 6, 7, 8, 9, 10, 22             # label ids: ground, road, sidewalk, parking, rails, terrain
-HORIZON = 0.42                                      # share of a frame above it, judged by eye
-Blob = namedtuple("Blob", "name image mask foot")   # foot: pixels from mid-horizon to it, (x, y)
+HORIZON = 0.42                      # share of a frame's height above it, judged by eye
+Blob = namedtuple("Blob", "name image mask foot")   # foot: (x, y) from mid-horizon, in pixels
 
 
 def cut_blob(image, label, name, rng):
@@ -227,7 +227,7 @@ def cut_blob(image, label, name, rng):
 
     image: RGB Pillow image, label: Pillow image of label ids. The blob is what the class fills in
     one unbroken range of columns; larger ones are taken more often. It must stand in the open,
-    with ground below it in most columns: one whose foot is hidden would float where it is pasted.
+    with ground below it in 70 % of them: one whose foot is hidden would float where it is pasted.
     """
     ids = np.asarray(label)
     mask = ids == CLASSES[TRAIN_ID[name]].label_id
@@ -249,11 +249,11 @@ def copy_blob(image, label, blob, rng):
     """CopyBlob: paste a blob of a rare class onto the class that carries it (CARRIER).
 
     image: RGB Pillow image, label: Pillow image of label ids -> image, label. The blob's foot
-    lands on a random pixel of the carrier, nearer or farther along the line through the vanishing
-    point on which it stood, give or take half its width, for its sides show from there only. It is
-    resized as perspective asks: in proportion to the foot's distance below the horizon. What
-    would lie outside of the frame is clipped, and what stands nearer stays in front. Returns the
-    input where there is no place.
+    lands on a random pixel of the carrier, nearer or farther on the line through the vanishing
+    point on which it stood, give or take half its width, so that its edges still recede there. It
+    is resized as perspective asks, in proportion to the foot's distance below the horizon, to half
+    or twice its size at most. What would lie outside of the frame is clipped, and what stands
+    nearer stays in front. Returns the input where there is no place.
     After Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177), for classes instead of instances.
     """
     step = max(1, image.height // 128)              # every step-th pixel is enough to choose from
@@ -279,10 +279,10 @@ def copy_blob(image, label, blob, rng):
 
 
 def collect_blobs(dataset, most=64):
-    """Up to `most` blobs of each rare class -> {name: [Blob, ...]}, the same for the same seed.
+    """Blobs of each rare class, one of each of up to `most` frames -> {name: [Blob, ...]}.
 
-    They are cut once, from frames drawn at random, and kept in memory: to read a whole second
-    frame for each blob would double the cost of a sample.
+    They are cut once, from frames drawn at random by the dataset's seed, and kept in memory: to
+    read a whole second frame for each blob would double the cost of a sample.
     """
     pixels, rng = class_pixels(dataset), np.random.default_rng((dataset.seed, 0, 0, 1))
     jobs = []
