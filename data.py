@@ -290,8 +290,8 @@ def collect_blobs(dataset, most=64):
         donors = rng.permutation(np.flatnonzero(pixels[:, TRAIN_ID[name]]))[:most]
         jobs += zip(donors, [name] * len(donors), rng.spawn(len(donors)))
     with ThreadPoolExecutor() as pool:
-        blobs = pool.map(lambda job: cut_blob(*dataset.read(job[0]), *job[1:]), jobs)
-        blobs = [blob for blob in blobs if blob]
+        cut = pool.map(lambda job: cut_blob(*dataset.read(job[0]), *job[1:]), jobs)
+        blobs = list(filter(None, cut))             # without the frames that held none in the open
     return {name: found for name in CARRIER if (found := [b for b in blobs if b.name == name])}
 
 
