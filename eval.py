@@ -1,422 +1,511 @@
-"""Score a checkpoint, find its worst classes, and picture what it sees.
+"""Score a checkpoint, list its worst classes, and draw what it predicts.
 
     python eval.py --ckpt best.pt                         # table, metrics.json, pictures in eval/
-    python eval.py --ckpt ce/best.pt dice/best.pt         # several, side by side
-    python eval.py --ckpt best.pt --tta                   # flipped and scaled copies, averaged
-    python eval.py --ckpt best.pt --images FOLDER         # any pictures: colour maps, overlays
-    python eval.py --ckpt best.pt --split test --labels-out DIR       # for the official scorer
+    python eval.py --ckpt ce/best.pt dice/best.pt         # several checkpoints, side by side
+    python eval.py --ckpt best.pt --tta                   # test-time augmentation
+    python eval.py --ckpt best.pt --images FOLDER         # any photos: color maps and overlays
+    python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
-Everything is scored at the label's own size, with one confusion matrix for the whole split.
+Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
+the whole split.
 """
 import argparse
 import json
+import math
 import os
 import re
+import signal
 import sys
 import time
 from collections import namedtuple
 from pathlib import Path
 
+if __name__ == "__main__":                          # Ctrl-C during the imports: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
-from data import (CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, leave_ctrl_c, normalize,
-                  read_image)
+from data import (CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, ignore_stop_signals, make_loader,
+                  normalize, read_image)
 from unet import build_model
 
 NAMES = [c.name for c in CLASSES]
-PALETTE = np.zeros((256, 3), np.uint8)              # colour of each train id; 255 is black
-PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
 
-# ------------------------------------------------------------------------- device and progress
+# ----------------------------------------------------------------------- prediction and scoring
 
-
-def pick_device(name="auto"):
-    """A torch.device by name; "auto" is cuda, else mps, else cpu."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used here ({reason}); try cpu") from error
-    return torch.device(name)
-
-
-def pick_amp(name, device):
-    """The autocast dtype, or None for float32: "auto" is bfloat16 where that is faster."""
-    cpu, cuda = device.type == "cpu", device.type == "cuda"
-    has_bf16 = cpu or cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "auto":                              # a CPU gains on matrix units only (AMX)
-        gains = torch.cpu.get_capabilities().get("amx_bf16") if cpu else has_bf16
-        name = "bf16" if gains else "fp16" if cuda else "off"
-    if name == "bf16" and not has_bf16:
-        raise ValueError(f"--amp bf16: this {device.type} has no bfloat16; use --amp auto")
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device, dtype):
-    """The autocast context for `dtype`, which does nothing for None."""
-    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
-
-
-def within(low, high, kind=float):
-    """A type for argparse: numbers of a kind from `low` to `high`."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    convert.__name__ = kind.__name__                # argparse names it for what is no number
-    return convert
-
-
-def progress(items, what):
-    """Yield the items; where the output is a terminal, keep one live line that counts them."""
-    start, live = time.time(), sys.stdout.isatty()
-    for i, item in enumerate(items):
-        yield item
-        if live:
-            rate = (i + 1) / (time.time() - start)
-            print(f"\r{what} {i + 1}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
-    if live:
-        print("\r\033[K", end="", flush=True)
-
-
-# ------------------------------------------------------------------------------- the score
+TTA_SCALES = (0.75, 1.0, 1.25)
 
 
 @torch.no_grad()
 def predict(model, images, dtype=None, tta=False):
     """uint8 N x 3 x H x W on the model's device -> train ids, uint8 N x H x W.
 
-    `tta` averages the class probabilities of three scales, each as it is and flipped.
+    tta: average the class probabilities over TTA_SCALES, each with and without a flip.
     """
-    x = normalize(images).contiguous(memory_format=torch.channels_last)
+    x = normalize(images)
+    if not tta:
+        with autocast(x.device, dtype):
+            return model(x).argmax(dim=1).byte()
+    total = 0
+    for scale in TTA_SCALES:
+        size = [max(1, round(scale * side)) for side in x.shape[-2:]]
+        scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
+        total = total + probabilities(model, scaled, x.shape[-2:], dtype)
+        total = total + probabilities(model, scaled.flip(3), x.shape[-2:], dtype).flip(3)
+    return total.argmax(dim=1).byte()
+
+
+def probabilities(model, x, size, dtype):
+    """The class probabilities for x, N x 3 x H x W, resized to `size` -> N x 19 x size."""
     with autocast(x.device, dtype):
-        if not tta:
-            return model(x).argmax(1).byte()
-        total = 0
-        for scale in (0.75, 1.0, 1.25):
-            size = [max(1, round(scale * s)) for s in x.shape[-2:]]
-            scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
-            for flip in ((), (3,)):
-                logits = model(scaled.flip(flip)).float().flip(flip)
-                logits = F.interpolate(logits, x.shape[-2:], mode="bilinear")
-                total = total + logits.softmax(1)
-    return total.argmax(1).byte()
+        logits = model(x)
+    return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
 
 
 def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=None):
-    """Score a model on whole frames -> confusion matrix, int64 19 x 19 on the CPU.
+    """Score a model on whole frames -> confusion matrix, int64 19 x 19, on `device`.
 
-    Frames go one by one, so they may differ in size, each at the full size of its label.
-    `visit(i, image, label, prediction)` is called with each frame's uint8 tensors.
+    Frames are processed one at a time, so that they may differ in size.
+    visit: called as visit(index, image, label, prediction) with the uint8 tensors of each frame
     """
     model.eval()
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
-    loader = torch.utils.data.DataLoader(dataset, 1, num_workers=workers,
-                                         worker_init_fn=leave_ctrl_c)
-    for i, (image, label) in enumerate(progress(loader, "evaluating")):
-        prediction = predict(model, image.to(device), dtype, tta)
-        matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
-        if visit:
-            visit(i, image[0], label[0], prediction[0].cpu())
-    return matrix.cpu()
+    loader = make_loader(dataset, workers, batch_size=1)
+    for index, (images, labels) in enumerate(progress(loader, "evaluating")):
+        predictions = predict(model, images.to(device), dtype, tta)
+        matrix += metrics.confusion_matrix(predictions, labels.to(device), len(CLASSES))
+        if visit is not None:
+            visit(index, images[0], labels[0], predictions[0].cpu())
+    return matrix
+
+
+def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
+    """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
+
+    A photo larger than the training frames (frame_size: height, width) is reduced to their
+    number of pixels, at which the network was trained. This also limits the memory. The labels
+    are then enlarged.
+    """
+    limit = frame_size[0] * frame_size[1]
+    if tta:
+        limit /= max(TTA_SCALES) ** 2               # the largest copy has that many pixels
+    zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
+    size = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
+    pixels = np.array(photo.resize(size, Image.BILINEAR))       # averages where it reduces
+    images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    ids = predict(model, images.to(device), dtype, tta)[0].cpu().numpy()
+    return Image.fromarray(ids).resize(photo.size, Image.NEAREST)
+
+
+# --------------------------------------------------------------------------------- checkpoints
 
 
 def load_checkpoint(path):
-    """Read a best.pt or last.pt -> dict. It is read as tensors and plain values: no code can run.
+    """Read a best.pt or last.pt -> dict with at least "model" and "settings".
 
-    Raises FileNotFoundError, or ValueError for any other file.
+    Only tensors and plain Python values are read, so that a file cannot run code. Raises
+    FileNotFoundError, or ValueError for anything that is not a checkpoint of train.py.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {**saved, "model": saved["model"], "settings": dict(saved["settings"])}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such checkpoint; train.py writes best.pt")
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of train.py, or not whole "
-                         f"({type(error).__name__}); a file that could run code is refused, "
-                         "too") from error
+        for name in "model", "data", "loss":
+            if not isinstance(saved["settings"][name], str):
+                raise TypeError(f"the setting {name} is not a string")
+        if not isinstance(saved["model"], dict):
+            raise TypeError("there are no weights")
+        return saved
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; train.py writes best.pt") from error
+    except Exception as error:                      # torch.load raises errors of many kinds
+        raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
+                         f"run code ({type(error).__name__})") from error
 
 
-Checkpoint = namedtuple("Checkpoint", "path name model settings")
-
-
-def rebuild(path, device):
-    """The model that train.py saved to `path`, and its settings. Raises as `load_checkpoint`."""
-    saved = load_checkpoint(path)
-    settings = {**saved["settings"], "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
+def load_weights(model, saved, path):
+    """Load the weights of a checkpoint into a network. Raises ValueError if they do not fit."""
     try:
-        model = build_model(settings["model"], len(CLASSES))
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its weights are not those of {settings.get('model')} with "
-                         f"{len(CLASSES)} classes, as unet.py builds it") from error
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights, of {saved['settings']['model']}, do not fit this "
+                         f"network of {len(CLASSES)} classes, as unet.py builds it") from error
+
+
+Checkpoint = namedtuple("Checkpoint", "path name model settings frame_size log")
+
+
+def load_model(path, device):
+    """Rebuild the network of a checkpoint -> Checkpoint; `name` is the name of its folder.
+
+    Raises the errors of load_checkpoint, and ValueError if the weights do not fit.
+    """
+    saved = load_checkpoint(path)
+    settings = saved["settings"]
+    model = build_model(settings["model"], len(CLASSES))
+    load_weights(model, saved, path)
     model.to(device, memory_format=torch.channels_last).eval()
-    return Checkpoint(str(path), Path(path).resolve().parent.name, model, settings)
+    settings = {**settings, "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
+    name = Path(path).resolve().parent.name
+    frame_size = saved.get("frame_size", [1024, 2048])          # of the training
+    return Checkpoint(str(path), name, model, settings, frame_size, saved.get("log", []))
 
 
-# ------------------------------------------------------------------------------- in numbers
+# ------------------------------------------------------------------------------------- tables
 
 
 def summarize(matrix):
-    """Every score of one confusion matrix as plain values; a class that is nowhere has None."""
-    def plain(x):
-        return None if x.isnan() else x.item()
+    """All scores of a confusion matrix (int64 C x C) as plain Python values.
 
-    iou, dice, classes = metrics.iou(matrix), metrics.dice(matrix), {}
-    most, other = metrics.confusions(matrix).nan_to_num().max(1)
-    for c, name in enumerate(NAMES):
-        confused = {"with": NAMES[other[c]], "share_of_union": most[c].item()}
-        classes[name] = {"iou": plain(iou[c]), "dice": plain(dice[c]),
-                         "pixels": matrix[c].sum().item(),
-                         "most_confused": confused if most[c] > 0 else None}
-    return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)), "miou": plain(iou.nanmean()),
-            "mean_dice": plain(dice.nanmean()), "classes_scored": int((~iou.isnan()).sum()),
-            "classes": classes, "confusion_matrix": matrix.tolist()}
+    The score of a class in neither truth nor prediction is None.
+    """
+    def plain(score):
+        return None if score.isnan() else score.item()
+
+    iou, dice = metrics.iou(matrix), metrics.dice(matrix)
+    share, other = metrics.confusions(matrix).nan_to_num().max(dim=1)
+    classes = {}
+    for i, name in enumerate(NAMES):
+        confused = None
+        if share[i] > 0:
+            confused = {"with": NAMES[other[i]], "share_of_union": share[i].item()}
+        classes[name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
+                         "pixels": matrix[i].sum().item(), "most_confused": confused}
+    return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)),
+            "miou": plain(iou.nanmean()),
+            "mean_dice": plain(dice.nanmean()),
+            "classes_scored": int((~iou.isnan()).sum()),
+            "classes": classes,
+            "confusion_matrix": matrix.tolist()}
 
 
-def number(x):
-    """A score for print: three digits, or n/a."""
-    return "  n/a" if x is None else f"{x:.3f}"
+def format_score(score):
+    """A score as text of three decimals, or n/a."""
+    return "  n/a" if score is None else f"{score:.3f}"
 
 
-def table(result):
-    """The classes of `summarize`, worst IoU first, and the means, as lines of text."""
+def class_table(result):
+    """The classes of `summarize` as text, lowest IoU first, then the means."""
+    def by_iou(item):
+        iou = item[1]["iou"]
+        return 2 if iou is None else iou            # n/a last
+
     total = max(1, sum(c["pixels"] for c in result["classes"].values()))
-    rows = sorted(result["classes"].items(),
-                  key=lambda row: (row[1]["iou"] is None, row[1]["iou"] or 0))
     lines = ["worst first      IoU   Dice  pixels  most confused with"]
-    for name, c in rows:
-        other = c["most_confused"]
-        text = f"{other['with']} ({other['share_of_union']:.0%} of its union)" if other else "-"
-        lines.append(f"{name:14s} {number(c['iou'])}  {number(c['dice'])}  "
-                     f"{c['pixels'] / total:6.2%}  {text}")
-    scored = f"mean of {result['classes_scored']} classes"
-    lines.append(f"{scored:14s} {number(result['miou'])}  {number(result['mean_dice'])}")
-    return "\n".join(lines + [f"pixel accuracy {number(result['pixel_accuracy'])}"])
-
-
-def comparison(names, results):
-    """IoU of each class in a column for each checkpoint, the best marked, as lines of text."""
-    rows = [(c, [r["classes"][c]["iou"] for r in results]) for c in NAMES]
-    rows += [(key, [r[key] for r in results]) for key in ("miou", "mean_dice", "pixel_accuracy")]
-    width = max(8, *map(len, names)) + 2
-    lines = [f"{'IoU':14s}" + "".join(f"{n:>{width}s}" for n in names)]
-    for name, values in rows:
-        best = max((v for v in values if v is not None), default=None)
-        cells = (number(v) + ("*" if v and v == best else " ") for v in values)
-        lines.append(f"{name:14s}" + "".join(f"{c:>{width}s}" for c in cells))
+    for name, c in sorted(result["classes"].items(), key=by_iou):
+        confused = "-"
+        if c["most_confused"]:
+            share = c["most_confused"]["share_of_union"]
+            confused = f"{c['most_confused']['with']} ({share:.0%} of the union)"
+        lines.append(f"{name:14s} {format_score(c['iou'])}  {format_score(c['dice'])}  "
+                     f"{c['pixels'] / total:6.2%}  {confused}")
+    mean = f"mean of {result['classes_scored']}"
+    lines.append(f"{mean:14s} {format_score(result['miou'])}  {format_score(result['mean_dice'])}")
+    lines.append(f"pixel accuracy {format_score(result['pixel_accuracy'])}")
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------ in pictures
-
-TILE, FONT = 512, ImageFont.load_default(15)        # width of one picture in a panel, in pixels
-WRONG = (255, 40, 40)
-
-
-def panel(rows, titles):
-    """Rows of equal pictures, uint8 H x W x 3, below their titles and above a legend."""
-    height = max(1, round(TILE * rows[0][0].shape[0] / rows[0][0].shape[1]))
-    columns, legend = len(rows[0]), [(c.name, c.color) for c in CLASSES] + [("ignored", "black")]
-    if "errors" in titles:
-        legend.append(("wrong", WRONG))
-    key = 28 * -(-len(legend) // (4 * columns))         # height of the legend, 4 to a column
-    sheet = Image.new("RGB", (TILE * columns, 26 + height * len(rows) + key), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, title in enumerate(titles):
-        draw.text((x * TILE + 6, 4), title, "black", FONT)
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            sharp = Image.NEAREST if picture.shape[1] < TILE else Image.BILINEAR
-            tile = Image.fromarray(picture).resize((TILE - 4, height - 4), sharp)
-            sheet.paste(tile, (x * TILE + 2, 26 + y * height))
-    for i, (name, color) in enumerate(legend):
-        x, y = i % (4 * columns) * TILE // 4 + 6, sheet.height - key + 28 * (i // (4 * columns)) + 4
-        draw.rectangle((x, y, x + 18, y + 18), color)
-        draw.text((x + 24, y), name, "black", FONT)
-    return sheet
+def comparison(names, results):
+    """One column of scores for each checkpoint, as text. * marks the best of a row."""
+    rows = []
+    for name in NAMES:
+        rows.append((f"IoU {name}", [r["classes"][name]["iou"] for r in results]))
+    for key in "miou", "mean_dice", "pixel_accuracy":
+        rows.append((key, [r[key] for r in results]))
+    width = max(len(name) for name in names) + 2
+    width = max(width, 9)
+    lines = [f"{'':18s}" + "".join(f"{name:>{width}s}" for name in names)]
+    for name, scores in rows:
+        best = max((s for s in scores if s is not None), default=None)
+        line = f"{name:18s}"
+        for score in scores:
+            mark = "*" if score is not None and score == best else " "
+            line += f"{format_score(score) + mark:>{width}s}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
-def truth_row(image, label, prediction):
-    """image | truth | prediction | errors: right pixels dark, wrong ones red, ignored black."""
-    image, label, prediction = image.permute(1, 2, 0).numpy(), label.numpy(), prediction.numpy()
-    errors = image // 3
-    errors[(label != prediction) & (label != IGNORE)] = WRONG
-    errors[label == IGNORE] = 0
-    return [image, PALETTE[label], PALETTE[prediction], errors]
-
-
-def confusion_picture(matrix, title):
-    """The matrix, each row in percent of its class, darker for more; absent classes blank."""
-    cell, left, top = 44, 120, 152
-    share = (matrix.double() / matrix.sum(1, keepdim=True)).numpy()
-    sheet = Image.new("RGB", (left + cell * len(NAMES) + 10, top + cell * len(NAMES) + 10), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((6, 6), title + "\nrows: truth, columns: prediction, % of the row", "black", FONT)
-    for i, name in enumerate(NAMES):
-        draw.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
-        upright = Image.new("RGB", (100, 20), "white")
-        ImageDraw.Draw(upright).text((0, 10), name, "black", FONT, anchor="lm")
-        sheet.paste(upright.rotate(90, expand=True), (left + cell * i + 12, top - 104))
-        for j, p in enumerate(share[i]):
-            if np.isnan(p):
-                continue
-            hue = np.array((20, 110, 60) if i == j else (190, 30, 30))
-            color = tuple(int(v) for v in 255 - (255 - hue) * p**0.5)
-            x, y = left + cell * j, top + cell * i
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), color)
-            if p >= 0.005:
-                draw.text((x + cell // 2 - 1, y + cell // 2), f"{100 * p:.0f}",
-                          "white" if p > 0.3 else "black", FONT, anchor="mm")
-    return sheet
-
-
-# ---------------------------------------------------------------------------------- the run
-
-
-def save_labels(ids, folder, frame):
-    """Write train ids as label ids under the name that the official scorer looks for."""
-    Image.fromarray(TRAIN_TO_LABEL[ids]).save(folder / f"{frame}_pred_labelIds.png")
-
-
-def score(ckpt, dataset, out, args):
-    """Evaluate one checkpoint into the folder `out` -> (summary, the frames that are pictured)."""
-    chosen = set(np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).astype(int))
-    pictured, pixels = {}, np.zeros(len(CLASSES), np.int64)
-    out.mkdir(parents=True, exist_ok=True)
-
-    def visit(i, image, label, prediction):
-        if args.split == "test":
-            pixels[:] += np.bincount(prediction.flatten(), minlength=len(CLASSES))
-        if args.labels_out:
-            save_labels(prediction.numpy(), args.labels_out, dataset.frames[i])
-        if i in chosen:
-            row = truth_row(image, label, prediction)
-            titles = ["image", "truth", "prediction", "errors"]
-            every = 2 if args.split == "test" else 1            # no truth and no errors there
-            panel([row[::every]], titles[::every]).save(out / f"panel_{dataset.frames[i]}.png")
-            if len(args.ckpt) > 1:
-                pictured[i] = row
-
-    matrix = evaluate(ckpt.model, dataset, args.device, args.amp, args.tta, args.workers, visit)
-    result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "split": args.split,
-              "data": str(args.data), "images": len(dataset), "tta": args.tta, **summarize(matrix)}
-    if args.split == "test":
-        print("the test split has no labels, so there is no score; predicted classes:")
-        print(predicted_classes(pixels))
-        return result, pictured
-    (out / "metrics.json").write_text(json.dumps(result, indent=1))
-    title = f"{ckpt.path} on {args.split}, mIoU {number(result['miou'])}"
-    confusion_picture(matrix, title).save(out / "confusion.png")
-    print(table(result))
-    pixels = matrix.sum(0).numpy()
-    if pixels.max() > 0.95 * pixels.sum():
-        print(predicted_classes(pixels))
-    return result, pictured
-
-
-def predicted_classes(pixels):
-    """The share of each predicted class, largest first, and a warning if there is but one."""
-    share = pixels / max(1, pixels.sum())
-    text = ", ".join(f"{NAMES[c]} {share[c]:.1%}" for c in np.argsort(-share) if share[c] > 0)
-    if share.max() > 0.95:
-        text += "\nWARNING: nearly every pixel is one class; do image and training data match?"
+def class_shares(pixels):
+    """Text: the predicted classes by their share of the pixels (int 19), largest first."""
+    shares = pixels / max(1, pixels.sum())
+    parts = []
+    for i in np.argsort(-shares):
+        if shares[i] > 0:
+            parts.append(f"{NAMES[i]} {shares[i]:.1%}")
+    text = "predicted: " + ", ".join(parts)
+    if shares.max() > 0.95:
+        text += ("\nWARNING: nearly all pixels have one class; "
+                 "are these pictures like those of the training?")
     return text
 
 
-def picture_folder(ckpt, args):
-    """Colour map and overlay of every picture in --images, and what they show."""
-    kinds = ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"
-    files = sorted(f for f in args.images.iterdir() if f.suffix.lower() in kinds)
-    if not files:
-        raise FileNotFoundError(f"{args.images}: holds no {', '.join(kinds)}")
-    named = {file.stem: file for file in files}
-    for file in files:
-        if named[file.stem] != file:
-            raise ValueError(f"{file}: would be pictured under the name of "
-                             f"{named[file.stem].name}; rename it")
-    args.out.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros(len(CLASSES), np.int64)
-    for file in progress(files, "predicting"):
-        image = np.array(read_image(file))
-        tensor = torch.from_numpy(image).permute(2, 0, 1)[None].to(args.device)
-        ids = predict(ckpt.model, tensor, args.amp, args.tta)[0].cpu().numpy()
-        pixels += np.bincount(ids.ravel(), minlength=len(CLASSES))
-        Image.fromarray(PALETTE[ids]).save(args.out / f"{file.stem}_color.png")
-        Image.fromarray(image // 2 + PALETTE[ids] // 2).save(args.out / f"{file.stem}_overlay.png")
-        if args.labels_out:
-            save_labels(ids, args.labels_out, file.stem)
-    print(f"{len(files)} pictures -> {args.out}/*_color.png, *_overlay.png")
-    print(predicted_classes(pixels))
+# ------------------------------------------------------------------------------------ pictures
+
+PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is black
+PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
+ERROR_COLOR = (255, 40, 40)
+TILE = 480                                          # width of a picture in a sheet, in pixels
+FONT = ImageFont.load_default(15)
 
 
-def parse_args(argv=None):
-    """The command line of eval.py; see the top of this file."""
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", nargs="+", required=True, help="one or more best.pt")
-    p.add_argument("--data", type=Path, help="Cityscapes' root (default: the checkpoint's)")
-    p.add_argument("--split", default="val", help="train, val or test (default val)")
-    p.add_argument("--out", type=Path, default=Path("eval"), help="folder to write (default eval)")
-    p.add_argument("--tta", action="store_true", help="average flipped and scaled copies")
-    p.add_argument("--images", type=Path, help="a folder of any pictures, without labels")
-    p.add_argument("--labels-out", type=Path, help="folder for labelIds PNGs at full size")
-    p.add_argument("--panels", type=within(1, 10**6, int), default=6,
-                   help="frames to picture (default 6)")
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best at hand)")
-    p.add_argument("--amp", default="auto", choices=["auto", "off", "bf16", "fp16"])
-    p.add_argument("--workers", type=within(0, 1000, int), default=min(4, os.cpu_count() or 1))
-    args = p.parse_args(argv)
-    args.device = pick_device(args.device)
-    args.amp = pick_amp(args.amp, args.device)
-    if len(args.ckpt) > 1 and (args.images or args.labels_out or args.split == "test"):
-        p.error("--images, --labels-out and the test split take one --ckpt")
-    return args
+def colorize(ids):
+    """Train ids as a Pillow image (mode L) -> their colors, RGB."""
+    picture = ids.copy()
+    picture.putpalette(PALETTE.ravel().tolist())
+    return picture.convert("RGB")
 
 
-def main(argv=None):
-    """Run one command line, sys.argv by default -> the summaries that metrics.json holds."""
-    args = parse_args(argv)
-    if args.labels_out:
-        args.labels_out.mkdir(parents=True, exist_ok=True)
-    ckpts = [rebuild(path, args.device) for path in args.ckpt]
-    if len({c.name for c in ckpts}) < len(ckpts):
-        ckpts = [c._replace(name=f"{i + 1}_{c.name}") for i, c in enumerate(ckpts)]
-    if args.images:
-        picture_folder(ckpts[0], args)
-        return []
-    args.data = args.data or Path(ckpts[0].settings["data"])
-    dataset = Cityscapes(args.data, args.split)
-    print(f"{len(dataset)} {args.split} frames of {args.data}, scored at full size", flush=True)
-    scored = []
-    for ckpt in ckpts:
-        print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
-              f"epoch {ckpt.settings['epoch']}")
-        out = args.out / ckpt.name if len(ckpts) > 1 else args.out
-        scored.append(score(ckpt, dataset, out, args))
-    results, pictures = zip(*scored)
-    if len(ckpts) > 1:
-        print("\n" + comparison([c.name for c in ckpts], results))
-        rows = [[*pictures[0][i][:2], *(p[i][2] for p in pictures)] for i in sorted(pictures[0])]
-        titles = [f"{c.name}: mIoU {number(r['miou'])}" for c, r in zip(ckpts, results)]
-        panel(rows, ["image", "truth", *titles]).save(args.out / "comparison.png")
-    print(f"\npictures{'' if args.split == 'test' else ' and metrics.json'}: {args.out}/")
-    return results
+def error_picture(image, label, prediction):
+    """Three uint8 arrays -> the image darkened, wrong pixels red, ignored pixels black."""
+    errors = image // 3
+    errors[label != prediction] = ERROR_COLOR
+    errors[label == IGNORE] = 0
+    return errors
+
+
+def picture_grid(rows):
+    """Draw rows of (title, uint8 H x W x 3) pairs, and the colors of the classes below."""
+    picture_height = max(1, round(TILE * rows[0][0][1].shape[0] / rows[0][0][1].shape[1]))
+    row_height = picture_height + 28                # a title and a margin
+    columns = max(len(row) for row in rows)
+    legend = [(c.name, c.color) for c in CLASSES]
+    legend += [("ignored", (0, 0, 0)), ("error", ERROR_COLOR)]
+    per_line = max(1, columns * TILE // 120)
+    legend_height = 28 * math.ceil(len(legend) / per_line)
+    size = columns * TILE, len(rows) * row_height + legend_height
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        for j, (title, pixels) in enumerate(row):
+            x, y = j * TILE, i * row_height
+            draw.text((x + 4, y + 4), title, "black", FONT)
+            smooth = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
+            tile = Image.fromarray(pixels).resize((TILE - 4, picture_height), smooth)
+            picture.paste(tile, (x + 2, y + 26))
+    for i, (name, color) in enumerate(legend):
+        x = 6 + 120 * (i % per_line)
+        y = len(rows) * row_height + 28 * (i // per_line) + 4
+        draw.rectangle((x, y, x + 16, y + 16), color)
+        draw.text((x + 22, y), name, "black", FONT)
+    return picture
+
+
+def panel(frame):
+    """One frame: image, truth, prediction and errors; without a truth, image and prediction."""
+    image, label, prediction = frame
+    row = [("image", image), ("prediction", PALETTE[prediction])]
+    if (label != IGNORE).any():
+        row.insert(1, ("truth", PALETTE[label]))
+        row.append(("errors", error_picture(image, label, prediction)))
+    return picture_grid([row])
+
+
+def comparison_picture(names, results, frames):
+    """Two frames: image and truth first, then the predictions and errors of each checkpoint.
+
+    frames: for each checkpoint {index: (image, label, prediction)}, see `score_checkpoint`
+    """
+    chosen = sorted(frames[0])[:2]
+    row = []
+    for index in chosen:
+        image, label, _ = frames[0][index]
+        row += [("image", image), ("truth", PALETTE[label])]
+    rows = [row]
+    for name, result, predicted in zip(names, results, frames):
+        row = []
+        for index in chosen:
+            image, label, prediction = predicted[index]
+            row.append((f"{name}, mIoU {format_score(result['miou'])}", PALETTE[prediction]))
+            row.append(("errors", error_picture(image, label, prediction)))
+        rows.append(row)
+    return picture_grid(rows)
+
+
+def confusion_picture(matrix, title):
+    """Draw a confusion matrix (int64 C x C): each row in percent of its class."""
+    cell, left, top = 44, 120, 160
+    side = cell * len(NAMES)
+    picture = Image.new("RGB", (left + side + 10, top + side + 10), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black", FONT)
+    for i, name in enumerate(NAMES):
+        draw.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
+        text = Image.new("RGB", (100, 20), "white")
+        ImageDraw.Draw(text).text((0, 10), name, "black", FONT, anchor="lm")
+        picture.paste(text.rotate(90, expand=True), (left + cell * i + 12, top - 104))
+    share = (matrix.double() / matrix.sum(dim=1, keepdim=True)).numpy()
+    for i in range(len(NAMES)):
+        for j in range(len(NAMES)):
+            if np.isnan(share[i, j]):               # the class has no pixel
+                continue
+            full = np.array((20, 110, 60) if i == j else (190, 30, 30))
+            color = 255 - (255 - full) * math.sqrt(share[i, j])         # white for 0
+            x, y = left + cell * j, top + cell * i
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(color.astype(int).tolist()))
+            if share[i, j] >= 0.005:
+                text_color = "white" if share[i, j] > 0.3 else "black"
+                draw.text((x + cell // 2, y + cell // 2), f"{100 * share[i, j]:.0f}", text_color,
+                          FONT, anchor="mm")
+    return picture
+
+
+CURVE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+
+
+def curves_picture(logs):
+    """Draw training loss and validation mIoU over the epochs; logs: {name: rows of log.csv}."""
+    width, height = 480, 300                        # of one plot, inside its axes
+    picture = Image.new("RGB", (2 * width + 180, height + 90 + 20 * len(logs)), "white")
+    draw = ImageDraw.Draw(picture)
+    last_epoch = max(row["epoch"] for rows in logs.values() for row in rows)
+    for k, (key, title) in enumerate((("loss", "training loss"), ("miou", "validation mIoU"))):
+        values = [row[key] for rows in logs.values() for row in rows if row[key] is not None]
+        top = max(values, default=0) or 1
+        left, bottom = 60 + k * (width + 80), 40 + height
+        draw.text((left, 10), title, "black", FONT)
+        draw.text((left + width, bottom + 24), "epoch", "black", FONT, anchor="ra")
+        for i in range(5):                          # grid lines and their numbers
+            y = bottom - height * i / 4
+            draw.line((left, y, left + width, y), "#dddddd")
+            draw.text((left - 6, y), f"{top * i / 4:.2f}", "black", FONT, anchor="rm")
+        for epoch in sorted({0, round(last_epoch / 2), last_epoch}):
+            x = left + width * epoch / last_epoch
+            draw.text((x, bottom + 6), str(epoch), "black", FONT, anchor="ma")
+        for (name, rows), color in zip(logs.items(), CURVE_COLORS * len(logs)):
+            points = []
+            for row in rows:
+                if row[key] is not None:            # --val-every may leave epochs out
+                    points.append((left + width * row["epoch"] / last_epoch,
+                                   bottom - height * row[key] / top))
+            draw.line(points, color, 2)
+            for x, y in points:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), color)
+    for i, (name, color) in enumerate(zip(logs, CURVE_COLORS * len(logs))):
+        y = height + 85 + 20 * i
+        draw.line((60, y, 90, y), color, 3)
+        draw.text((100, y), name, "black", FONT, anchor="lm")
+    return picture
+
+
+# ------------------------------------------------- devices and messages, for train.py as well
+
+def pick_device(name="auto"):
+    """A torch.device by name; "auto" is cuda if there is one, else mps, else cpu.
+
+    Under torchrun, each process takes the GPU of its LOCAL_RANK. Raises ValueError if the device
+    cannot be used.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)           # first, or GPU 0 is opened as well
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+    return device
+
+
+def pick_amp(name, device):
+    """The dtype for autocast: torch.bfloat16, torch.float16, or None for float32 throughout.
+
+    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
+    if it has matrix units for it (AMX). Raises ValueError if the device has no bfloat16.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        automatic = "bf16" if has_bf16 else "fp16"
+    elif device.type == "cpu":
+        has_bf16 = True
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        automatic = "bf16" if capabilities.get("amx_bf16") else "off"
+    else:
+        has_bf16 = False
+        automatic = "off"
+    if name == "auto":
+        name = automatic
+    if name == "bf16" and not has_bf16:
+        raise ValueError(f"--amp bf16: {device.type} has no bfloat16 here; use --amp auto")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    """The autocast context for a dtype of `pick_amp`; for None it does nothing."""
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
+
+
+def default_workers(device):
+    """Worker processes of a DataLoader: this process's share of the CPU cores, at most 8.
+
+    0 if the network itself runs on the CPU, which then has no core to spare.
+    """
+    if device.type == "cpu":
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)    # of torchrun on this machine
+    return max(1, min(8, usable_cores() // processes))
+
+
+def usable_cores():
+    """CPU cores that this process may use: its affinity, and on Linux a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):                   # no such file, or the quota is "max"
+        pass
+    return max(1, cores)
+
+
+def is_rank_0():
+    """Whether this process prints and writes files. Under torchrun, one of them does."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def progress(items, what):
+    """Yield the items. On a terminal, one line that is updated in place counts them."""
+    start = time.monotonic()
+    live = sys.stdout.isatty() and is_rank_0()
+    for number, item in enumerate(items, start=1):
+        yield item
+        if live:
+            rate = number / (time.monotonic() - start)
+            print(f"\r{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
+    if live:
+        print("\r\033[K", end="", flush=True)
+
+
+def number_in(low, high, kind=float):
+    """A type for argparse: numbers of a kind between `low` and `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    convert.__name__ = kind.__name__                # in argparse's message: invalid int value
+    return convert
 
 
 def command_line(main):
-    """Run main(). What the user can mend ends in one line and exit status 2, not in a traceback.
+    """Run main(). An error that the user can correct ends in one line and exit status 2.
 
-    To see the traceback none the less: python -X dev train.py ...
+    To see the traceback of such an error: python -X dev train.py ...
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
     except KeyboardInterrupt:
@@ -424,14 +513,193 @@ def command_line(main):
     except (OSError, ValueError, FloatingPointError) as error:
         if sys.flags.dev_mode:
             raise
-        line = str(error).strip().split("\n")[-1]   # a DataLoader worker's ends its traceback
-        line = re.sub(r"^\w+Error: ", "", line)
+        message = str(error).strip().split("\n")[-1]    # one from a worker has its traceback first
+        message = re.sub(r"^\w+Error: ", "", message)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(of|allocate) memory", str(error)):
+        out_of_memory = re.search("out of memory|allocate memory|shared memory", str(error))
+        if isinstance(error, RuntimeError) and not out_of_memory:
             raise
-        line = "out of memory: lower --workers, and for training --batch, --crop or --model, too"
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        message = ("out of memory: lower --workers (in a container, raise --shm-size); "
+                   "for training, lower --batch or --crop, or choose a smaller --model")
+    finally:
+        ignore_stop_signals()                       # a repeated signal must not change the status
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+# ------------------------------------------------------------------------------- the commands
+
+
+def score_checkpoint(ckpt, dataset, out, args):
+    """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
+
+    -> (result, frames): the dict of metrics.json, and {index: (image, label, prediction)} of the
+    frames in the pictures, as uint8 arrays
+    """
+    count = min(args.panels, len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    frames = {}
+    pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
+    out.mkdir(parents=True, exist_ok=True)
+
+    def visit(index, image, label, prediction):
+        image = image.permute(1, 2, 0).numpy()
+        label, prediction = label.numpy(), prediction.numpy()
+        pixels[:] += np.bincount(prediction.ravel(), minlength=len(CLASSES))
+        if args.labels_out:
+            save_labels(prediction, args.labels_out, dataset.frames[index])
+        if index in chosen:
+            frames[index] = image, label, prediction
+            panel(frames[index]).save(out / f"panel_{dataset.frames[index]}.png")
+
+    matrix = evaluate(ckpt.model, dataset, args.device, args.amp, args.tta, args.workers, visit)
+    matrix = matrix.cpu()
+    result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "split": args.split,
+              "data": str(args.data), "images": len(dataset), "tta": args.tta,
+              **summarize(matrix)}
+    if matrix.sum() == 0:
+        print("the labels hold none of the 19 classes, so that there is no score")
+        print(class_shares(pixels))
+        return result, frames
+    (out / "metrics.json").write_text(json.dumps(result, indent=1))
+    title = f"{ckpt.path} on {args.split}, mIoU {format_score(result['miou'])}"
+    confusion_picture(matrix, title).save(out / "confusion.png")
+    print(class_table(result))
+    if pixels.max() > 0.95 * pixels.sum():
+        print(class_shares(pixels))
+    return result, frames
+
+
+def save_labels(train_ids, folder, frame):
+    """Write a prediction (uint8 H x W) as label ids, with the name that the scorer expects."""
+    Image.fromarray(TRAIN_TO_LABEL[train_ids]).save(folder / f"{frame}_pred_labelIds.png")
+
+
+def check_unique(names, folder):
+    """Raise ValueError if results, which are named after their frames, overwrite each other."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"{folder}: two pictures are named {name}, and their results would "
+                             "overwrite each other; rename one")
+        seen.add(name)
+
+
+def predict_photos(ckpt, args):
+    """Write a color map and an overlay of each photo in --images -> the number of failures."""
+    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    files = [args.images]
+    if not args.images.is_file():
+        files = sorted(f for f in args.images.iterdir()
+                       if f.suffix.lower() in endings and not f.name.startswith("."))
+    if not files:
+        raise FileNotFoundError(f"{args.images}: no {' '.join(endings)} files in this folder")
+    check_unique([file.stem for file in files], args.images)
+    args.out.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros(len(CLASSES), np.int64)
+    failures = 0
+    for file in progress(files, "predicting"):
+        try:
+            photo = read_image(file)
+        except (OSError, ValueError) as error:
+            print(f"skipped {error}", file=sys.stderr)
+            failures += 1
+            continue
+        ids = predict_photo(ckpt.model, photo, ckpt.frame_size, args.device, args.amp, args.tta)
+        pixels += ids.histogram()[:len(CLASSES)]
+        colors = colorize(ids)
+        colors.save(args.out / f"{file.stem}_color.png")
+        Image.blend(photo, colors, 0.5).save(args.out / f"{file.stem}_overlay.png")
+        if args.labels_out:
+            save_labels(np.asarray(ids), args.labels_out, file.stem)
+    print(f"{len(files) - failures} photos: {args.out}/*_color.png and *_overlay.png")
+    print(class_shares(pixels))
+    return failures
+
+
+def parse_args(argv=None):
+    """The options of eval.py."""
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--ckpt", nargs="+", metavar="BEST_PT",
+                   help="one or more checkpoints of train.py")
+    p.add_argument("--data", type=Path, metavar="FOLDER",
+                   help="root of the data set (default: the one of the training)")
+    p.add_argument("--split", default="val", metavar="NAME",
+                   help="split to evaluate: train, val, test or another folder (default: val)")
+    p.add_argument("--out", type=Path, default=Path("eval"), metavar="FOLDER",
+                   help="where results are written; older ones are replaced (default: eval)")
+    p.add_argument("--tta", action="store_true",
+                   help="average predictions over three scales and flips; 6 times slower")
+    p.add_argument("--images", type=Path, metavar="PATH",
+                   help="predict a photo or a folder of photos instead of a split")
+    p.add_argument("--labels-out", type=Path, metavar="FOLDER",
+                   help="also write predictions as PNGs of label ids, at full size")
+    p.add_argument("--panels", type=number_in(1, 10**6, int), default=6, metavar="N",
+                   help="number of frames to draw (default: 6)")
+    p.add_argument("--device", default="auto", metavar="NAME",
+                   help="cuda, cuda:1, mps or cpu (default: the fastest available)")
+    p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"],
+                   help="precision of autocast; off is float32 (default: as in the training)")
+    p.add_argument("--workers", type=number_in(0, 1000, int), metavar="N",
+                   help="processes that read frames (default: up to 8; on a CPU 0)")
+    args = p.parse_args(argv)
+    if not args.ckpt:
+        p.error("no checkpoint is given; train.py writes one: --ckpt best.pt")
+    if len(args.ckpt) > 1 and (args.images or args.labels_out):
+        p.error("--images and --labels-out need exactly one --ckpt")
+    return args
+
+
+def find_data(args, settings):
+    """The root to evaluate on: --data, else that of the training, else $CITYSCAPES_DATASET."""
+    if args.data:
+        return args.data
+    trained_on = Path(settings["data"])
+    variable = os.environ.get("CITYSCAPES_DATASET")
+    if variable and not trained_on.exists():
+        return Path(variable)
+    return trained_on
+
+
+def main(argv=None):
+    """Run one command line (default: sys.argv) -> a list of the dicts in metrics.json."""
+    args = parse_args(argv)
+    args.device = pick_device(args.device)
+    if args.workers is None:
+        args.workers = default_workers(args.device)
+    if args.labels_out:
+        args.labels_out.mkdir(parents=True, exist_ok=True)
+    ckpts = [load_model(path, args.device) for path in args.ckpt]
+    args.amp = pick_amp(args.amp or ckpts[0].settings.get("amp", "auto"), args.device)
+    if args.images:
+        if predict_photos(ckpts[0], args) > 0:
+            sys.exit(2)
+        return []
+    names = [ckpt.name for ckpt in ckpts]
+    if len(set(names)) < len(names):                # folders of one name: number them
+        names = [f"{i}_{name}" for i, name in enumerate(names, start=1)]
+
+    args.data = find_data(args, ckpts[0].settings)
+    dataset = Cityscapes(args.data, args.split)
+    check_unique(dataset.frames, args.data)
+    print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
+    results, frames = [], []
+    for name, ckpt in zip(names, ckpts):
+        print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
+              f"epoch {ckpt.settings['epoch']}")
+        out = args.out / name if len(ckpts) > 1 else args.out
+        result, pictured = score_checkpoint(ckpt, dataset, out, args)
+        results.append(result)
+        frames.append(pictured)
+    if len(ckpts) > 1:
+        print("\n" + comparison(names, results))
+        comparison_picture(names, results, frames).save(args.out / "comparison.png")
+    logs = {name: ckpt.log for name, ckpt in zip(names, ckpts) if ckpt.log}
+    if logs:
+        curves_picture(logs).save(args.out / "curves.png")
+    print(f"\nresults: {args.out}/")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Losses for semantic segmentation: cross-entropy, Dice, focal, and cross-entropy + Dice.
 
 Every loss takes logits and labels and gives one number, by the same rules:
-- A pixel labelled 255 is ignored exactly: its logits change neither the loss nor any gradient.
+- A pixel labeled 255 is ignored exactly: its logits change neither the loss nor any gradient.
 - Everything is float32 with autocast off: a float16 sum over a crop overflows.
-- A batch in which nothing is labelled costs 0, and its gradient is 0.
+- A batch in which nothing is labeled costs 0, and its gradient is 0.
 - Class weights w, where given, scale each class; only their ratios matter, since a loss is
   divided by the weights that went into it.
 
@@ -16,7 +16,7 @@ IGNORE = 255
 
 
 def _pixel_mean(loss, target, weights):
-    """Weighted mean of a loss N x H x W over the labelled pixels: sum w l / sum w.
+    """Weighted mean of a loss N x H x W over the labeled pixels: sum w l / sum w.
 
     This divides by the weights, as F.cross_entropy(weight=...) does, but is 0 for no pixel.
     """
@@ -49,14 +49,14 @@ def focal(logits, target, weights, gamma=2.0):
 def dice(logits, target, weights):
     """Soft Dice loss: 1 - sum_c w_c D_c / sum_c w_c, D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic).
 
-    i runs over the labelled pixels of the whole batch, c over the classes that those pixels
-    hold: a class without a pixel has no overlap to win, so it is left out. t is the one-hot
-    truth, p the softmax. Shapes as in `cross_entropy`, the result lies in [0, 1].
+    i runs over the labeled pixels of the whole batch, c over the classes of those pixels: a
+    class that is absent from the batch is skipped. t is the one-hot truth, p the softmax. Shapes
+    as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
     """
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-    t = target.unsqueeze(1) == classes                              # N x C x H x W, void: all 0
+    t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
     p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
     overlap, truth = (p * t).sum((0, 2, 3)), t.sum((0, 2, 3))       # C
     score = 2 * overlap / (p.sum((0, 2, 3)) + truth).clamp_min(1e-6)
@@ -65,7 +65,7 @@ def dice(logits, target, weights):
 
 
 def ce_dice(logits, target, weights):
-    """Cross-entropy + Dice, unscaled: the first is smooth early, the second minds small classes."""
+    """Cross-entropy + Dice: the one is smooth from the start, the other weighs classes equally."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

@@ -1,7 +1,7 @@
 """Scores for semantic segmentation, all read off one confusion matrix.
 
-The matrix counts pixels: m[i, j] of class i (truth) were called j (prediction). Sum the matrices
-of all images first, then score once: a mean of per-batch scores is another, wrong number. IoU is
+m[i, j] is the number of pixels of true class i that were predicted as j. Sum the matrices of all
+images first, then score once: the mean of per-batch scores is a different, wrong number. IoU is
 the official Cityscapes score (cityscapesScripts, evalPixelLevelSemanticLabeling.py).
 
     m = sum(confusion_matrix(prediction, target) for prediction, target in ...)
@@ -35,7 +35,7 @@ def confusion_matrix(prediction, target, num_classes=19):
 
 
 def pixel_accuracy(m):
-    """Share of the labelled pixels that are right, in [0, 1]; NaN for an empty matrix."""
+    """Share of the labeled pixels that are right, in [0, 1]; NaN for an empty matrix."""
     return m.diag().sum().double() / m.sum()
 
 
@@ -57,8 +57,9 @@ def dice(m):
 def confusions(m):
     """How much of its IoU each class loses to each other one: C x C -> float64 C x C in [0, 1].
 
-    Entry i, j: the pixels that i and j were mistaken for one another, either way, as a share of
-    the union of i. The diagonal is 0, and row i sums to 1 - IoU of i (NaN where that is NaN).
+    Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union
+    of i, TP + FP + FN. The diagonal is 0. Row i sums to (FP + FN) / union = 1 - IoU of i (NaN
+    where that is NaN).
     """
     tp = m.diag().double()
     lost = (m + m.T).double().fill_diagonal_(0)

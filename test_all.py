@@ -1,13 +1,16 @@
-"""Every test of the project: `python test_all.py`, or pytest test_all.py.
+"""All tests of the project: `python test_all.py`, or `pytest test_all.py`.
 
-A test holds the code against something that does not share its mistakes: numbers of the published
-networks, values computed by hand or in plain loops, gradients by finite differences, and the real
-main() of train.py and eval.py on a few small frames.
+Each test compares the code with something that does not share its mistakes: outputs of the
+published networks, values computed by hand or in plain loops, numerical gradients, and runs of
+the real main() of train.py and eval.py on a few small frames.
 """
 import atexit
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import math
@@ -36,32 +39,39 @@ import metrics
 import train
 import unet
 
-evaluation = importlib.import_module("eval")        # eval.py, beside the built-in eval
+evaluation = importlib.import_module("eval")        # eval.py; the name eval is Python's own
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(tempfile.mkdtemp(prefix="unet-test-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
+# ---------------------------------------------------------------------------- helpers
+
 
 def raises(kind, function, *args):
-    """Assert that the call raises `kind` -> its message."""
+    """Assert that the call raises `kind` -> the message."""
     try:
         function(*args)
     except kind as error:
         return str(error)
-    raise AssertionError(f"no {kind.__name__} was raised")
+    raise AssertionError(f"{kind.__name__} was not raised")
 
 
 def close(a, b, relative=1e-5, absolute=1e-6):
-    """Assert that two tensors (or numbers) agree, NaN with NaN."""
+    """Assert that two tensors or numbers agree; NaN equals NaN."""
     torch.testing.assert_close(torch.as_tensor(a).double(), torch.as_tensor(b).double(),
                                rtol=relative, atol=absolute, equal_nan=True)
 
 
-class Hostile:
-    """An object whose pickle makes a folder when it is loaded."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(FOLDER / "owned"),)
+def write_tree(root, label, image=None, split="train", name="ulm_000000_000001", city="ulm"):
+    """Write one frame of a Cityscapes tree; label: uint8 array of label ids -> root."""
+    if image is None:
+        image = np.zeros((*label.shape[:2], 3), np.uint8)
+    for kind, ending, array in (("leftImg8bit", "leftImg8bit", image),
+                                ("gtFine", "gtFine_labelIds", label)):
+        path = root / kind / split / city / f"{name}_{ending}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(array).save(path)
+    return root
 
 
 def scenes():
@@ -70,27 +80,49 @@ def scenes():
     return FOLDER / "scenes"
 
 
+def tiny(name, classes=19, pretrained=False):
+    """A fast network in the place of build_model's. It draws random numbers (stochastic depth)."""
+    return unet.UNet(unet.ConvNeXt((1, 1, 1, 1), (8, 8, 8, 8), drop_path=0.8), classes)
+
+
 SMALL = "--model resnet18 --crop 64 64 --batch 2 --epochs 2 --amp off --device cpu".split()
 
 
 def small_run(out, *options):
-    """train.main() on the small tree -> the rows of its log."""
+    """train.main() on the small tree, 3 steps an epoch -> the rows of its log."""
     return train.main(["--data", str(scenes()), "--out", str(out), *SMALL, *options])
 
 
+def resume(out, *options):
+    """Continue the run in `out` -> the rows of its log."""
+    return train.main(["--resume", str(out / "last.pt"), *options])
+
+
+def load(out, name="last.pt"):
+    """The checkpoint of a run."""
+    return torch.load(out / name, weights_only=True)
+
+
 def checkpoint():
-    """The folder of a small finished run, trained once."""
+    """The folder of a small finished run of resnet18, trained once."""
     out = FOLDER / "run"
     if not (out / "best.pt").exists():
         small_run(out, "--copyblob", "0.5", "--class-weights", "enet")
     return out
 
 
-# ------------------------------------------------------------------------------------- unet
+class Hostile:
+    """An object whose pickle makes the folder FOLDER/owned when it is loaded."""
 
-# Of the published networks (torchvision, facebookresearch/ConvNeXt, 1914669687/ConvUNeXt) with
-# the weights that `fill` gives: a hash of all keys and shapes; then for each output its shape,
-# mean, first and sixth value.
+    def __reduce__(self):
+        return os.mkdir, (str(FOLDER / "owned"),)
+
+
+# ---------------------------------------------------------------------------- unet
+
+# Outputs of the published networks (torchvision, facebookresearch/ConvNeXt and
+# 1914669687/ConvUNeXt) with the weights that `fill` gives: a hash of all keys and shapes, then
+# the shape, mean, first and sixth value of each output.
 PUBLISHED = {
     "resnet18": ("05d62c7320b26c54", [
         ((64, 32, 48), 0.2927104, 0.4516132, 0.6583633),
@@ -122,7 +154,7 @@ PUBLISHED = {
 
 
 def fill(module):
-    """Give every weight a fixed value of a fitting scale."""
+    """Give every weight a fixed value of a suitable scale."""
     state = module.state_dict()
     for i, key in enumerate(sorted(state)):
         t = 0.37 * torch.arange(state[key].numel(), dtype=torch.float64) + i
@@ -133,852 +165,1931 @@ def fill(module):
             t = 1 + 0.5 * t
         elif key.endswith(("running_mean", "bias")):
             t = 0.1 * t
+        elif t.ndim == 1:
+            t = 1 + 0.1 * t
         else:
-            t = 1 + 0.1 * t if t.ndim == 1 else t * math.sqrt(3 / t[0].numel())
+            t = t * math.sqrt(3 / t[0].numel())
         state[key] = t.to(state[key].dtype)
     module.load_state_dict(state)
 
 
 def wave(h, w):
-    """The input that goes with `fill`."""
+    """The input that belongs to `fill`."""
     t = 0.11 * torch.arange(3 * h * w, dtype=torch.float64)
     return torch.sin(t).reshape(1, 3, h, w).float()
 
 
 @torch.no_grad()
-def test_published_networks():
-    for name, (known, numbers) in PUBLISHED.items():
+def test_outputs_equal_those_of_the_published_networks():
+    assert sorted(PUBLISHED) == sorted(unet.MODELS)
+    for name, (known_hash, numbers) in PUBLISHED.items():
         model = unet.build_model(name).eval()
         module = model if name == "convunext" else model.encoder
-        keys = "\n".join(f"{k} {list(v.shape)}" for k, v in sorted(module.state_dict().items()))
-        assert hashlib.sha256(keys.encode()).hexdigest().startswith(known), "keys or shapes differ"
+        state = sorted(module.state_dict().items())
+        keys = "\n".join(f"{key} {list(value.shape)}" for key, value in state)
+        assert hashlib.sha256(keys.encode()).hexdigest().startswith(known_hash), name
         fill(module)
         outputs = module(wave(64, 96))
-        if module is model:
+        if name == "convunext":
             outputs = [outputs, module(wave(70, 90))]
         assert len(outputs) == len(numbers)
         for output, (shape, mean, first, sixth) in zip(outputs, numbers):
             assert output.shape[1:] == shape
-            tolerance = 1e-4 * output.abs().mean().item()
             flat = output.flatten().double()
-            close(torch.stack([flat.mean(), flat[0], flat[5]]), [mean, first, sixth], 1e-4,
-                  tolerance)
+            tolerance = 1e-4 * flat.abs().mean().item()
+            close([flat.mean(), flat[0], flat[5]], [mean, first, sixth], 1e-4, tolerance)
 
 
 @torch.no_grad()
-def test_any_size():
+def test_networks_take_any_input_size():
     for name in unet.MODELS:
         model = unet.build_model(name, num_classes=5).eval()
-        for size in ((1, 1), (1, 40), (33, 65), (63, 2)):
+        for size in (1, 1), (1, 40), (33, 65), (63, 2):
             logits = model(torch.zeros(2, 3, *size))
-            assert logits.shape == (2, 5, *size) and logits.isfinite().all(), (name, size)
+            assert logits.shape == (2, 5, *size), (name, size)
+            assert logits.isfinite().all(), (name, size)
 
 
-def test_every_parameter_learns():
+@torch.no_grad()
+def test_up_equals_a_1x1_convolution_of_the_concatenation():
+    up = unet.Up(6, 3, 4).eval()
+    fill(up)
+    x, skip = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 10, 14)
+    enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    weight = torch.cat([up.coarse.weight, up.fine.weight], dim=1)
+    y = F.conv2d(torch.cat([enlarged, skip], dim=1), weight)
+    close(up(x, skip), up.block(F.relu(up.norm(y))), 1e-4, 1e-5)
+
+
+@torch.no_grad()
+def test_unet_pads_encodes_decodes_enlarges_and_crops():
+    for name in "resnet18", "convnext_tiny":
+        model = unet.build_model(name, num_classes=5).eval()
+        fill(model)
+        padded = torch.zeros(1, 3, 64, 96)
+        padded[..., :50, :70] = wave(50, 70)
+        maps = model.encoder(padded)
+        assert len(model.ups) == len(maps) - 1
+        y = maps[-1]
+        for up, skip in zip(model.ups, reversed(maps[:-1])):
+            y = up(y, skip)
+        logits = F.interpolate(model.head(y), (64, 96), mode="bilinear")
+        close(model(wave(50, 70)), logits[..., :50, :70])
+
+
+@torch.no_grad()
+def test_logits_are_float32_and_enlarged_in_float32_under_autocast():
+    model, convunext = unet.build_model("resnet18"), unet.build_model("convunext")
+    small = []
+    model.head.register_forward_hook(lambda module, args, output: small.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(wave(64, 96))
+        assert convunext(wave(64, 96)).dtype == logits.dtype == torch.float32
+    assert small[0].dtype == torch.bfloat16
+    assert torch.equal(logits, F.interpolate(small[0].float(), (64, 96), mode="bilinear"))
+
+
+def test_every_parameter_gets_a_gradient():
     for name in unet.MODELS:
         model = unet.build_model(name, num_classes=3)
         fill(model)
         for module in model.modules():
             module.drop_path = 0.0                      # else a block may be skipped by chance
         model(torch.randn(2, 3, 64, 64)).square().mean().backward()
-        idle = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
-        assert not idle, (name, idle)
+        for key, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.any(), (name, key)
 
 
-def test_stochastic_depth():
+def test_stochastic_depth_skips_images_and_keeps_the_mean():
     block = unet.ConvNeXtBlock(4, drop_path=0.5)
     torch.nn.init.ones_(block.gamma)
     x = torch.randn(400, 4, 2, 2)
-    whole = block.eval()(x) - x
-    kept = (block.train()(x) - x).flatten(1).abs().sum(1) > 0
-    assert 140 < kept.sum() < 260                       # of 400, p = 1/2: six sigma
-    close(block.train()(x[:1].expand(4000, -1, -1, -1)).mean(0), (x + whole)[0], 0.05, 0.05)
+    branch = block.eval()(x) - x
+    trained = block.train()(x) - x
+    kept = trained.flatten(1).abs().sum(dim=1) > 0
+    assert 140 < kept.sum() < 260                       # of 400 with p = 1/2: six sigma
+    close(trained[kept], 2 * branch[kept], 1e-4, 1e-5)
+    last_stage = unet.build_model("convnext_tiny").encoder.stages[3]    # of 3 + 3 + 9 + 3 blocks
+    close([block.drop_path for block in last_stage], [0.1 * 15 / 17, 0.1 * 16 / 17, 0.1])
 
 
-def test_depthwise_gradients():
-    for mode in ("zeros", "reflect"):
+def test_depthwise_gradients_equal_those_of_conv2d():
+    for mode in "zeros", "reflect":
         conv = unet.DepthwiseConv(5, mode).double()
         x = torch.randn(2, 5, 6, 9, dtype=torch.float64, requires_grad=True)
-        results = []
-        for y in (conv(x), torch.nn.Conv2d.forward(conv, x)):
-            results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *conv.parameters()])])
-        for ours, torchs in zip(*results):
-            close(ours, torchs, 1e-12, 1e-12)
+        inputs = [x, *conv.parameters()]
+        y, expected = conv(x), torch.nn.Conv2d.forward(conv, x)
+        close(y, expected, 1e-12, 1e-12)
+        gradients = torch.autograd.grad(y.sin().sum(), inputs)
+        expected = torch.autograd.grad(expected.sin().sum(), inputs)
+        for gradient, value in zip(gradients, expected):
+            close(gradient, value, 1e-12, 1e-12)
 
 
-def test_imagenet_weights():
-    with tempfile.TemporaryDirectory() as folder, mock.patch("torch.hub.get_dir", lambda: folder):
-        with mock.patch("urllib.request.urlopen", side_effect=urllib.error.URLError("no network")):
-            message = raises(OSError, unet.build_model, "resnet18", 19, True)
-        for part in (unet.ENCODERS["resnet18"][1], f"{folder}/checkpoints", "--no-pretrained"):
-            assert part in message
-        source = unet.build_model("resnet18")
-        fill(source.encoder)
-        state = {**source.encoder.state_dict(), "fc.weight": torch.zeros(9, 9)}
-        path = Path(folder, "checkpoints", "resnet18-f37072fd.pth")
-        path.parent.mkdir(exist_ok=True)
-        torch.save(state, path)                         # as put there by hand
-        model = unet.build_model("resnet18", 19, pretrained=True)
-        for key, value in model.encoder.state_dict().items():
+def pretrained(name, file=None, answer=urllib.error.URLError("no network")):
+    """build_model with ImageNet weights, where torch.hub's cache is a new folder.
+
+    file: what somebody placed in the cache by hand; answer: what a download meets.
+    """
+    with (tempfile.TemporaryDirectory(dir=FOLDER) as hub,
+          mock.patch("torch.hub.get_dir", return_value=hub),
+          mock.patch("torch.hub.urlopen", side_effect=[answer]),
+          contextlib.redirect_stderr(io.StringIO())):               # torch.hub's progress bar
+        path = Path(hub, "checkpoints", unet.SPECS[name].url.split("/")[-1])
+        path.parent.mkdir()
+        if file is not None:
+            torch.save(file, path)
+        return unet.build_model(name, pretrained=True)
+
+
+def test_missing_network_is_one_line_that_says_what_to_do():
+    message = raises(OSError, pretrained, "resnet18")
+    assert "\n" not in message
+    for part in "no network", unet.SPECS["resnet18"].url, str(FOLDER), "--no-pretrained":
+        assert part in message
+
+
+def test_imagenet_weights_placed_by_hand_are_used():
+    for name in "resnet18", "convnext_tiny":
+        source = unet.build_model(name).encoder
+        fill(source)
+        state = source.state_dict()
+        file = {**state, "fc.weight": torch.zeros(9)}
+        if name == "convnext_tiny":
+            file = {"model": {**state, "norm.bias": torch.zeros(9), "head.bias": torch.zeros(9)}}
+        encoder = pretrained(name, file).encoder
+        for key, value in encoder.state_dict().items():
             assert torch.equal(value, state[key]), key
-        del state["layer1.0.conv1.weight"]              # nothing may be missing
-        torch.save(state, path)
-        message = raises(OSError, unet.build_model, "resnet18", 19, True)
-        assert "layer1.0.conv1.weight" in message and str(path.parent) in message
-        torch.save({"conv1.weight": Hostile()}, path)
-        assert str(path.parent) in raises(OSError, unet.build_model, "resnet18", 19, True)
-        assert not (FOLDER / "owned").exists()
-    raises(ValueError, unet.build_model, "convunext", 19, True)
-    raises(ValueError, unet.build_model, "vgg")
 
 
-# ----------------------------------------------------------------------------------- losses
+def test_incomplete_and_hostile_weight_files_are_refused():
+    state = unet.build_model("resnet18").encoder.state_dict()
+    del state["layer1.0.conv1.weight"]
+    assert "layer1.0.conv1.weight" in raises(OSError, pretrained, "resnet18", state)
+    raises(OSError, pretrained, "resnet18", {"conv1.weight": Hostile()})
+    assert not (FOLDER / "owned").exists()
 
 
-def loop_loss(name, logits, target, w):
-    """A loss from its formula, pixel by pixel in plain Python."""
-    n, c, h, width = logits.shape
-    p, t = logits.double().softmax(1).tolist(), target.tolist()
-    pixels = [(i, y, x) for i in range(n) for y in range(h) for x in range(width)
-              if t[i][y][x] != 255]
-    total = sum(w[t[i][y][x]] for i, y, x in pixels)
-    if name == "dice":
-        scores = {}
-        for k in {t[i][y][x] for i, y, x in pixels}:
-            overlap = sum(p[i][k][y][x] for i, y, x in pixels if t[i][y][x] == k)
-            sizes = sum(p[i][k][y][x] + (t[i][y][x] == k) for i, y, x in pixels)
-            scores[k] = 2 * overlap / sizes
-        return 1 - sum(w[k] * s for k, s in scores.items()) / sum(w[k] for k in scores)
-    result = 0.0
-    for i, y, x in pixels:
-        p_true = p[i][t[i][y][x]][y][x]
-        result -= w[t[i][y][x]] * math.log(p_true) * ((1 - p_true) ** 2 if name == "focal" else 1)
-    return result / total
+def test_a_download_with_the_wrong_hash_is_refused():
+    response = mock.MagicMock()
+    response.__enter__().read.side_effect = [b"other bytes", b""]
+    assert "invalid hash" in raises(OSError, pretrained, "resnet18", None, response)
 
 
-def example(seed=0, classes=4):
-    g = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(2, classes, 3, 5, generator=g)
-    target = torch.randint(0, classes - 1, (2, 3, 5), generator=g)      # the last class is absent
+def test_unknown_models_are_refused():
+    assert "resnet18" in raises(ValueError, unet.build_model, "vgg")
+    assert "--no-pretrained" in raises(ValueError, unet.build_model, "convunext", 19, True)
+
+
+# -------------------------------------------------------------------------- losses
+
+
+def example():
+    """Logits 2 x 4 x 3 x 5 and their target: the last class is absent, five pixels are 255."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(2, 4, 3, 5, generator=generator)
+    target = torch.randint(0, 3, (2, 3, 5), generator=generator)
     target[0, 0] = 255
     return logits, target
 
 
-def test_losses_by_their_formulas():
+def loop_losses(logits, target, w):
+    """Cross-entropy, focal and Dice loss from their formulas, pixel by pixel."""
+    softmax = logits.double().softmax(dim=1).permute(0, 2, 3, 1).reshape(-1, 4).numpy()
+    ce, focal, weights = 0.0, 0.0, 0.0
+    overlap, size = np.zeros(4), np.zeros(4)
+    for p, t in zip(softmax, target.flatten().tolist()):
+        if t != 255:
+            ce += w[t] * -math.log(p[t])
+            focal += w[t] * (1 - p[t]) ** 2 * -math.log(p[t])
+            weights += w[t]
+            overlap[t] += p[t]
+            size += p
+            size[t] += 1
+    score = 2 * overlap[:3] / size[:3]                  # class 3 is absent, so it is left out
+    return ce / weights, focal / weights, 1 - (w[:3] * score).sum() / w[:3].sum()
+
+
+def test_losses_equal_their_formulas_with_and_without_class_weights():
     logits, target = example()
-    for w in (None, [1.0, 3.0, 0.2, 7.0]):
-        weights = None if w is None else torch.tensor(w)
-        values = {n: losses.build_loss(n, weights)(logits, target) for n in losses.LOSSES}
-        for name in ("ce", "focal", "dice"):
-            close(values[name], loop_loss(name, logits, target, w or [1.0] * 4))
-        close(values["ce+dice"], values["ce"] + values["dice"])
-        close(values["ce"], F.cross_entropy(logits, target, weights, ignore_index=255))
-        weights = torch.ones(4) if weights is None else weights
-        close(losses.focal(logits, target, weights, gamma=0.0), values["ce"], 1e-6)
+    for class_weights in None, torch.tensor([1.0, 3.0, 0.2, 7.0]):
+        w = torch.ones(4) if class_weights is None else class_weights
+        ce, focal, dice = loop_losses(logits, target, w.numpy())
+        close(losses.build_loss("ce", class_weights)(logits, target), ce)
+        close(losses.build_loss("focal", class_weights)(logits, target), focal)
+        close(losses.build_loss("dice", class_weights)(logits, target), dice)
+        close(losses.build_loss("ce+dice", class_weights)(logits, target), ce + dice)
+        close(F.cross_entropy(logits, target, w, ignore_index=255), ce)
+        close(losses.focal(logits, target, w, gamma=0.0), ce)
+    assert sorted(losses.LOSSES) == ["ce", "ce+dice", "dice", "focal"]
 
 
-def test_losses_ignore_255_exactly():
+def test_losses_ignore_pixels_of_255():
     logits, target = example()
     other = logits.clone()
-    other[0, :, 0] = torch.tensor([1e4, -1e4, 3.0, 0.0])[:, None]
+    other[0, :, 0] = torch.tensor([1e4, -1e4, 3.0, 0.0])[:, None]       # where the target is 255
+    logits.requires_grad_()
+    other.requires_grad_()
     for name in losses.LOSSES:
-        gradients = []
-        for x in (logits.clone(), other.clone()):
-            x.requires_grad_()
-            value = losses.build_loss(name)(x, target)
-            value.backward()
-            gradients.append((value.item(), x.grad))
-        assert gradients[0][0] == gradients[1][0], name
-        assert torch.equal(gradients[0][1][:, :, 1:], gradients[1][1][:, :, 1:]), name
-        assert not gradients[1][1][0, :, 0].any(), name
+        loss = losses.build_loss(name)
+        assert torch.equal(loss(logits, target), loss(other, target)), name
+        gradient, = torch.autograd.grad(loss(logits, target), logits)
+        other_gradient, = torch.autograd.grad(loss(other, target), other)
+        assert torch.equal(gradient, other_gradient), name
+        assert not other_gradient[0, :, 0].any(), name
 
 
-def test_losses_gradients_by_differences():
+def test_loss_gradients_equal_numerical_gradients():
     logits, target = example()
     for name in losses.LOSSES:
         loss = losses.build_loss(name, torch.tensor([1.0, 2.0, 0.5, 3.0]))
         x = logits.clone().requires_grad_()
         loss(x, target).backward()
-        for at in ((0, 0, 1, 1), (1, 2, 2, 4), (1, 3, 0, 0)):
+        for index in (0, 0, 1, 1), (1, 2, 2, 4), (1, 3, 0, 0):
             step = torch.zeros_like(logits)
-            step[at] = 0.05
+            step[index] = 0.05
             slope = (loss(logits + step, target) - loss(logits - step, target)) / 0.1
-            close(x.grad[at], slope, 2e-2, 1e-4)
+            close(x.grad[index], slope, 2e-2, 1e-4)
 
 
 def test_losses_stay_finite():
     logits, target = example()
+    ignored = torch.full_like(target, 255)
     for name in losses.LOSSES:
-        loss = losses.build_loss(name)
-        void = torch.full_like(target, 255)
-        for x, t in ((logits, void), (1e4 * logits, target), (0 * logits, target)):
+        for x, t in (logits, ignored), (1e4 * logits, target), (0 * logits, target):
             x = x.clone().requires_grad_()
-            value = loss(x, t)
+            value = losses.build_loss(name)(x, t)
             value.backward()
             assert value.isfinite() and x.grad.isfinite().all(), name
-            if (t == 255).all():
+            if t is ignored:
                 assert value == 0 and not x.grad.any(), name
+
+
+def test_losses_are_float32_under_autocast():
+    logits, target = example()
+    for name in losses.LOSSES:
+        loss = losses.build_loss(name)
         with torch.autocast("cpu", torch.bfloat16):
-            half = loss(logits.half(), target)
-        assert half.dtype == torch.float32
-        close(half, loss(logits, target), 1e-2)
-    raises(ValueError, losses.build_loss, "mse")
-    raises(ValueError, losses.build_loss("ce"), logits, target[:, 1:])
+            value = loss(logits.half(), target)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, loss(logits.half().float(), target)), name
 
 
-# ---------------------------------------------------------------------------------- metrics
+def test_losses_refuse_unknown_names_and_wrong_shapes():
+    logits, target = example()
+    assert "ce+dice" in raises(ValueError, losses.build_loss, "mse")
+    for name in losses.LOSSES:
+        raises(ValueError, losses.build_loss(name), logits, target[:, 1:])
+        raises(ValueError, losses.build_loss(name, torch.ones(3)), logits, target)
 
 
-def test_confusion_matrix_by_loops():
-    g = torch.Generator().manual_seed(0)
-    target = torch.randint(0, 4, (2, 7, 9), generator=g)
+# ------------------------------------------------------------------------- metrics
+
+
+def test_confusion_matrix_equals_a_count_in_loops():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 4, (2, 7, 9), generator=generator)
     target[target == 3] = 255
-    prediction = torch.randint(0, 4, (2, 7, 9), generator=g)
+    prediction = torch.randint(0, 4, (2, 7, 9), generator=generator)
     expected = torch.zeros(4, 4, dtype=torch.int64)
     for t, p in zip(target.flatten().tolist(), prediction.flatten().tolist()):
         if t != 255:
             expected[t, p] += 1
     m = metrics.confusion_matrix(prediction.byte(), target.byte(), 4)
     assert m.dtype == torch.int64 and torch.equal(m, expected)
-    for wrong in (prediction + 4, prediction - 1):
-        raises(ValueError, metrics.confusion_matrix, wrong, target, 4)
+    raises(ValueError, metrics.confusion_matrix, prediction + 4, target, 4)
+    raises(ValueError, metrics.confusion_matrix, prediction - 1, target, 4)
     raises(ValueError, metrics.confusion_matrix, prediction, target.clamp(max=200), 4)
     raises(ValueError, metrics.confusion_matrix, prediction[0], target, 4)
 
 
-def test_scores_by_hand():
+def test_scores_equal_values_computed_by_hand():
     m = torch.tensor([[6, 2, 0, 0], [1, 3, 0, 0], [0, 4, 0, 0], [0, 0, 0, 0]])
     nan = float("nan")
     close(metrics.pixel_accuracy(m), 9 / 16)
     close(metrics.iou(m), [6 / 9, 3 / 10, 0, nan])      # class 2 is missed, class 3 is nowhere
     close(metrics.dice(m), [12 / 15, 6 / 13, 0, nan])
-    close(metrics.iou(m).nanmean(), (6 / 9 + 3 / 10) / 3)
+    close(metrics.iou(m).nanmean(), (6 / 9 + 3 / 10 + 0) / 3)
     close(metrics.confusions(m)[:3], [[0, 3 / 9, 0, 0], [3 / 10, 0, 4 / 10, 0], [0, 1, 0, 0]])
-    close(metrics.confusions(m).sum(1), 1 - metrics.iou(m))
-    close(metrics.iou(torch.tensor([[5, 1], [0, 0]])), [5 / 6, 0])      # predicted, never true: 0
+    close(metrics.confusions(m).sum(dim=1), 1 - metrics.iou(m))
+    predicted_never_true = torch.tensor([[5, 1], [0, 0]])
+    close(metrics.iou(predicted_never_true), [5 / 6, 0])
+    close(metrics.pixel_accuracy(torch.zeros(2, 2, dtype=torch.int64)), nan)
 
 
-# ------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------- data: reading
+
+ROAD, BUILDING, TRAILER = 7, 11, 30                     # label ids
 
 
 def test_label_table():
-    assert [c.label_id for c in data.CLASSES] == [*range(7, 9), *range(11, 14), 17, *range(19, 29),
-                                                  *range(31, 34)]
-    assert [c.name for c in data.CLASSES][3:5] == ["wall", "fence"] and len(data.CLASSES) == 19
-    for label in range(256):
-        ids = [i for i, c in enumerate(data.CLASSES) if c.label_id == label]
-        assert data.LABEL_TO_TRAIN[label] == (ids[0] if ids else 255)
-    assert all(data.LABEL_TO_TRAIN[data.TRAIN_TO_LABEL[i]] == i for i in range(19))
+    ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    names = [c.name for c in data.CLASSES]
+    assert [c.label_id for c in data.CLASSES] == ids
+    assert names[3:5] == ["wall", "fence"] and names[13:17] == ["car", "truck", "bus", "train"]
+    for label_id in range(256):
+        train_id = ids.index(label_id) if label_id in ids else 255
+        assert data.LABEL_TO_TRAIN[label_id] == train_id
+    assert data.TRAIN_TO_LABEL[:19].tolist() == ids
+    assert (data.TRAIN_TO_LABEL[19:] == 255).all()
 
 
-def write_tree(root, label, image=None, split="train"):
-    """A Cityscapes tree of one frame."""
-    for kind, end, array in (("leftImg8bit", "leftImg8bit", image),
-                             ("gtFine", "gtFine_labelIds", label)):
-        path = root / kind / split / "ulm" / f"ulm_000000_000001_{end}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if array is None:
-            array = np.zeros((*label.shape[:2], 3), np.uint8)
-        Image.fromarray(array).save(path)
-    return root
+def test_one_line_of_the_table_counts_trailers_as_trucks():
+    label = np.full((10, 10), TRAILER, np.uint8)
+    label[:4] = ROAD
+    frames = data.Cityscapes(write_tree(FOLDER / "trailers", label), "train")
+    assert data.class_pixels(frames).sum() == 40        # cached: only the road counts
+    table = data.LABEL_TO_TRAIN.copy()
+    table[30] = data.TRAIN_ID["truck"]
+    with mock.patch("data.LABEL_TO_TRAIN", table):
+        target = frames[0][1]
+        pixels = data.class_pixels(frames)
+    assert (target == 14).sum() == 60
+    assert pixels[0, 0] == 40 and pixels[0, 14] == 60
+    close(data.class_weights(pixels, "enet")[14], 1 / math.log(1.02 + 0.6))
 
 
-def test_bad_trees_are_named():
-    """Every flaw of a tree is an error that names the file, and what is wrong with it."""
-    root, good = FOLDER / "bad", np.zeros((4, 6), np.uint8)
+def read_counts(counts):
+    """Read a label file that holds {value: pixels}, in one row -> its ids and train ids."""
+    label = np.repeat(np.array(list(counts), np.uint8), list(counts.values()))[None]
+    frames = data.Cityscapes(write_tree(FOLDER / "counts", label), "train")
+    return label, frames[0][1].numpy()
 
-    def error(kind, *parts):
-        message = raises(kind, lambda: data.Cityscapes(root, "train")[0])
-        assert "\n" not in message and all(str(part) in message for part in parts), message
 
-    error(FileNotFoundError, "gtFine_trainvaltest.zip", f"{root}/leftImg8bit/train")
-    write_tree(root, good)
-    image, label = next(root.rglob("*leftImg8bit.png")), next(root.rglob("*labelIds.png"))
-    error_free = data.Cityscapes(root, "train")[0]
-    assert error_free[0].shape == (3, 4, 6)
-    write_tree(root, good + 77)
-    error(ValueError, label, "77")
-    for wrong in (np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6), np.uint16)):
-        write_tree(root, wrong, good)
-        error(ValueError, label, "8-bit label ids")
-    write_tree(root, good, np.zeros((5, 6, 3), np.uint8))
-    error(ValueError, label, "(6, 5)")
-    write_tree(root, good)
-    for path in (image, label):
-        whole = path.read_bytes()
-        for broken in (whole[:40], b"", b"no picture", whole[:45] + b"????" + whole[49:]):
-            path.write_bytes(broken)
-            error(OSError, path)
-        path.write_bytes(whole)
-    Image.fromarray(good).save(label, format="JPEG")    # which changes label ids
-    error(OSError, label)
-    write_tree(root, good)
-    with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 20):  # from which on Pillow only warns
-        error(OSError, image, "decompression bomb")
+def test_train_ids_in_a_label_ids_file_are_noticed():
+    for counts in ({0: 400, 1: 60, 2: 250, 8: 150, 10: 40, 13: 80, 255: 60},    # a street
+                   {0: 300, 1: 40, 2: 300, 3: 20, 5: 15, 8: 90, 11: 20, 18: 5, 255: 50},
+                   {0: 350, 2: 150, 4: 30, 5: 12, 6: 3, 7: 8, 10: 200},         # no sidewalk
+                   {0: 500, 1: 1, 2: 90, 8: 500}):
+        message = raises(ValueError, read_counts, counts)
+        assert "labelTrainIds.png" in message and "gtFine/train/ulm/ulm_000000" in message
+
+
+def test_unusual_label_ids_are_read():
+    for counts in ({1: 50, 3: 30, 4: 20, 7: 400, 8: 60, 11: 250, 21: 90, 23: 40, 26: 60},
+                   {1: 200, 2: 20, 3: 100, 7: 50, 26: 20},                      # a dark frame
+                   {0: 100},
+                   {0: 60, 7: 40},
+                   {0: 5, 1: 10, 2: 5, 3: 80},                  # the dummies of the test split
+                   {7: 10, 33: 10, 255: 10}):                   # 255: licence plate, id -1
+        label, target = read_counts(counts)
+        assert np.array_equal(target, data.LABEL_TO_TRAIN[label])
+
+
+def test_train_id_trees_are_read_as_they_are():
+    label = np.arange(20, dtype=np.uint8).reshape(4, 5)
+    label[3, 4] = 255
+    root = write_tree(FOLDER / "ready", label)
+    path = next(root.rglob("*_labelIds.png"))
+    new_path = path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
+    frames = data.Cityscapes(root, "train")
+    assert np.array_equal(frames[0][1].numpy(), label)
+    assert data.class_pixels(frames).tolist() == [[1] * 19]
+    Image.fromarray(label + 1).save(new_path)           # train id 19
+    assert str(new_path) in raises(ValueError, frames.__getitem__, 0)
+
+
+def bad_frame(root, kind, *parts):
+    """Assert that reading the tree fails with one line that holds all `parts`."""
+    message = raises(kind, lambda: data.Cityscapes(root, "train")[0])
+    assert "\n" not in message
+    for part in parts:
+        assert str(part) in message, message
+
+
+def good_tree(name):
+    """A tree of one frame of 4 x 6 pixels -> its root, image path and label path."""
+    root = write_tree(FOLDER / name, np.full((4, 6), ROAD, np.uint8))
+    data.Cityscapes(root, "train")[0]
+    return root, next(root.rglob("*leftImg8bit.png")), next(root.rglob("*labelIds.png"))
+
+
+def test_missing_and_unpaired_files_are_named():
+    empty = FOLDER / "empty"
+    bad_frame(empty, FileNotFoundError, "gtFine_trainvaltest.zip", f"{empty}/leftImg8bit/train")
+    root, image, label = good_tree("unpaired")
     label.rename(label.with_name("ulm_000000_000002_gtFine_labelIds.png"))
-    error(FileNotFoundError, "1 of 1 train frames have no label, 1 labels no frame",
-          "ulm_000000_000001", "ulm_000000_000002")
+    bad_frame(root, FileNotFoundError, "ulm_000000_000001", "ulm_000000_000002")
 
 
-def test_pictures_of_any_mode():
+def test_broken_files_are_named():
+    root, image, label = good_tree("broken-files")
+    for path in image, label:
+        whole = path.read_bytes()
+        wrong_checksum = whole[:45] + b"????" + whole[49:]
+        for broken in whole[:40], b"", b"no picture", wrong_checksum:
+            path.write_bytes(broken)
+            bad_frame(root, OSError, path)
+        Image.open(io.BytesIO(whole)).save(path, exif=b"Exif\0\0no TIFF header")
+        bad_frame(root, OSError, path)
+        path.write_bytes(whole)
+
+
+def test_labels_of_the_wrong_kind_are_named():
+    root, image, label = good_tree("wrong-labels")
+    for mode in "RGB", "P", "I;16":
+        Image.new(mode, (6, 4)).save(label)
+        bad_frame(root, ValueError, label, mode, "labelIds.png")
+    Image.new("L", (6, 4), 77).save(label)
+    bad_frame(root, ValueError, label, "77")
+    Image.new("L", (6, 4), 34).save(label)
+    bad_frame(root, ValueError, label, "34")
+    Image.new("L", (6, 5), ROAD).save(label)
+    bad_frame(root, ValueError, label, "(6, 5)", "(6, 4)")
+    Image.new("L", (6, 4), ROAD).save(label, format="JPEG")         # JPEG changes the ids
+    bad_frame(root, OSError, label, "PNG")
+
+
+def test_decompression_bombs_are_refused():
+    root, image, label = good_tree("bomb")
+    with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 11):              # of 24; Pillow allows double
+        bad_frame(root, OSError, label, "decompression bomb")
+
+
+def test_postscript_named_png_never_reaches_ghostscript():
+    path = FOLDER / "postscript.png"
+    Image.new("RGB", (6, 4)).save(path, format="EPS")
+    with mock.patch("PIL.EpsImagePlugin.Ghostscript") as ghostscript:
+        assert str(path) in raises(OSError, data.read_image, path)
+        assert str(path) in raises(OSError, data.read_label, path)
+    ghostscript.assert_not_called()
+
+
+def test_macos_files_are_ignored():
+    root, image, label = good_tree("macos")
+    image.with_name(f"._{image.name}").write_bytes(b"resource fork")
+    label.with_name("._ulm_000000_000009_gtFine_labelIds.png").write_bytes(b"resource fork")
+    assert len(data.Cityscapes(root, "train")) == 1
+
+
+def test_pictures_of_any_mode_are_read():
     folder = FOLDER / "modes"
     folder.mkdir()
     ramp = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    for mode in ("L", "RGB", "RGBA", "LA", "P", "CMYK"):
-        picture, path = Image.fromarray(ramp).convert(mode), folder / f"{mode}.tif"
-        picture.save(path.with_suffix(".tif" if mode == "CMYK" else ".png"))
-    Image.fromarray(ramp.astype(np.uint16) * 256 + 99).save(folder / "16.png")
+    for mode in "L", "RGB", "RGBA", "LA", "P":
+        Image.fromarray(ramp).convert(mode).save(folder / f"{mode}.png")
+    Image.fromarray(ramp).convert("CMYK").save(folder / "CMYK.tif")
+    Image.fromarray(ramp.astype(np.uint16) * 256 + 99).save(folder / "16 bits.png")
+    Image.fromarray((ramp.astype(np.uint16) * 256).astype(">u2")).save(folder / "big endian.tif")
+    assert len(list(folder.iterdir())) == 8
     for path in folder.iterdir():
         picture = data.read_image(path)
         assert picture.mode == "RGB" and np.array_equal(np.asarray(picture)[..., 1], ramp), path
+    for dtype in np.int32, np.float32:
+        Image.fromarray(ramp.astype(dtype)).save(folder / "32 bits.tif")
+        message = raises(ValueError, data.read_image, folder / "32 bits.tif")
+        assert "32 bits.tif" in message and "\n" not in message
+
+
+def test_photos_are_turned_upright():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                    # orientation: turn clockwise to view
+    path = FOLDER / "turned.png"
+    Image.fromarray(pixels).save(path, exif=exif)
+    upright = np.asarray(data.read_image(path))
+    assert np.array_equal(upright, np.rot90(pixels, -1))
+
+
+# ------------------------------------------------------------------- data: dataset
 
 
 def test_whole_frames_are_exact():
     label = np.arange(34, dtype=np.uint8).reshape(2, 17)
     label[0, 0] = 255                                   # licence plate, id -1
-    grey = np.arange(34, dtype=np.uint8).reshape(2, 17) * 7
-    image, target = data.Cityscapes(write_tree(FOLDER / "exact", label, grey), "train")[0]
-    assert image.shape == (3, 2, 17) and image.dtype == target.dtype == torch.uint8
-    assert np.array_equal(image[2].numpy(), grey)
-    assert np.array_equal(target.numpy(), data.LABEL_TO_TRAIN[label]) and target[0, 0] == 255
-    normal = data.normalize(image[None])
-    close(normal[0, 1, 0, 3], (21 / 255 - 0.456) / 0.224)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 17, 3), np.uint8)
+    frames = data.Cityscapes(write_tree(FOLDER / "exact", label, pixels), "train")
+    image, target = frames[0]
+    assert image.dtype == target.dtype == torch.uint8
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+    assert np.array_equal(target.numpy(), data.LABEL_TO_TRAIN[label])
 
 
-def test_samples_come_from_seed_epoch_index():
-    def dataset(seed=0):
-        return data.Cityscapes(scenes(), "train", crop=(48, 64), copyblob=0.5, seed=seed)
-
-    frames = dataset()
-    plain = [frames[k] for k in range(2 * len(frames))]
-    items = range(2 * len(frames))
-    loader = torch.utils.data.DataLoader(dataset(), 1, sampler=items, num_workers=2)
-    for (image, label), (image2, label2) in zip(plain, loader):
-        assert torch.equal(image, image2[0]) and torch.equal(label, label2[0])
-    n = len(frames)
-    assert not any(torch.equal(plain[k][0], plain[n + k][0]) for k in range(n))     # another epoch
-    assert not torch.equal(plain[0][0], dataset(seed=1)[0][0])                      # another seed
+def test_normalize_uses_imagenet_numbers_in_rgb_order():
+    images = torch.tensor([10, 100, 200], dtype=torch.uint8).view(1, 3, 1, 1).expand(2, 3, 4, 5)
+    result = data.normalize(images)
+    close(result[:, 0], torch.full((2, 4, 5), (10 / 255 - 0.485) / 0.229))
+    close(result[:, 1], torch.full((2, 4, 5), (100 / 255 - 0.456) / 0.224))
+    close(result[:, 2], torch.full((2, 4, 5), (200 / 255 - 0.406) / 0.225))
+    assert result.dtype == torch.float32
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_a_split_without_labels_reads_as_255():
+    root = write_tree(FOLDER / "unlabeled", np.full((4, 6), ROAD, np.uint8), split="test")
+    assert (data.Cityscapes(root, "test")[0][1] == 0).all()
+    shutil.rmtree(root / "gtFine")
+    frames = data.Cityscapes(root, "test")
+    assert not frames.has_labels and len(frames) == 1
+    assert frames[0][1].shape == (4, 6) and (frames[0][1] == 255).all()
+
+
+def cropped(seed=0):
+    return data.Cityscapes(scenes(), "train", crop=(48, 64), copyblob=0.5, seed=seed)
+
+
+def test_samples_depend_on_seed_epoch_and_index():
+    frames, again, other_seed = cropped(), cropped(), cropped(seed=1)
+    backwards = [again[k] for k in reversed(range(12))]
+    for k in range(12):                                 # epochs 0 and 1 of 6 frames
+        image, label = frames[k]
+        assert torch.equal(image, backwards[11 - k][0])
+        assert torch.equal(label, backwards[11 - k][1])
+        assert not torch.equal(image, frames[k + 6][0])             # the next epoch
+        assert not torch.equal(image, other_seed[k][0])
+
+
+def test_forked_and_spawned_workers_give_the_same_samples():
+    frames, items = cropped(), range(3, 9)
+    forked = data.make_loader(frames, 2, sampler=items)
+    with mock.patch("sys.platform", "darwin"):          # where fork is not safe
+        spawned = data.make_loader(frames, 1, sampler=items, multiprocessing_context="spawn")
+    assert spawned.multiprocessing_context.get_start_method() == "spawn"
+    for loader in forked, spawned:
+        for k, (image, label) in zip(items, loader, strict=True):
+            assert torch.equal(image[0], frames[k][0]) and torch.equal(label[0], frames[k][1])
+
+
+def test_workers_ignore_the_signals_that_stop_a_run():
+    def report(batch):                                  # runs in the worker
+        stop = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        return [signal.getsignal(number) for number in stop]
+
+    loader = data.make_loader([0], 1, collate_fn=report)
+    assert next(iter(loader)) == [signal.SIG_IGN] * 3
+
+
+def test_workers_end_quietly_with_the_main_process():
+    code = ("import data, torch\n"
+            "frames = torch.utils.data.TensorDataset(torch.zeros(100))\n"
+            "batches = iter(data.make_loader(frames, 2))\n"
+            "next(batches)\n")
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True, timeout=50,
+                            cwd=Path(data.__file__).parent, stderr=subprocess.PIPE)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
+# -------------------------------------------------------------- data: augmentation
+
+NO_JITTER = mock.patch("data.jitter", lambda image, rng: image)
+
+
+@NO_JITTER
 def test_crops_keep_image_and_label_together():
-    label = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 34, (8, 8)), 16, 0), 16, 1)
-    label = label.astype(np.uint8)
-    image = Image.fromarray(np.stack([label * 7] * 3, -1))              # the colour tells the label
-    padded = 0
-    with mock.patch("data.jitter", lambda image, rng: image):
-        for seed in range(40):
-            rng = np.random.default_rng(seed)
-            x, y = data.augment(image, Image.fromarray(label), (100, 90), rng)
-            x, y = np.asarray(x), np.asarray(y)
-            assert x.shape == (100, 90, 3) and y.shape == (100, 90)
-            void = y == 255
-            padded += void.mean()
-            assert (x[void] == data.MEAN_COLOR).all()
-            assert set(np.unique(y)) <= set(np.unique(label)) | {255}   # no class is invented
-            right = np.abs(x[..., 0] / 7.0 - y)[~void] < 0.51           # off only where cells blend
-            assert right.mean() > 0.6, right.mean()
-    assert padded > 0.5
-
-
-def test_a_crop_at_scale_1_is_a_window_of_the_frame():
-    label = np.arange(34, dtype=np.uint8).repeat(40).reshape(34, 40)
-    across = np.tile(np.arange(40, dtype=np.uint8), (34, 1))
-    image = Image.fromarray(np.stack([label, across, label], -1))
-    with mock.patch("data.jitter", lambda image, rng: image):
-        for seed in range(20):
-            rng = np.random.default_rng(seed)
-            x, y = data.augment(image, Image.fromarray(label), (16, 20), rng, scale=(1, 1))
-            x = np.asarray(x)
-            rows, columns = x[:, 0, 0].astype(int), x[0, :, 1].astype(int)
-            assert (np.abs(np.diff(rows)) <= 2).all() and 14 <= np.ptp(rows) <= 16
-            assert 18 <= np.ptp(columns) <= 20 and (x[..., 0] == x[:, :1, 0]).all()
-
-
-def test_jitter_by_numpy():
-    image = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
-    b, c, s = np.random.default_rng(3).uniform(0.75, 1.25, 3)
-    grey = (image @ [0.299, 0.587, 0.114])[..., None]
-    x = s * image + (1 - s) * grey
-    x = b * (c * x + (1 - c) * 128)
-    result = np.asarray(data.jitter(Image.fromarray(image), np.random.default_rng(3)))
-    assert np.abs(result - x.clip(0, 255)).max() <= 1
-
-
-def test_copy_blob():
-    label = np.full((100, 200), 7, np.uint8)            # road below the horizon, sky above
-    label[:50] = 23
-    image = np.full((100, 200, 3), 90, np.uint8)
-    donor_label, donor_image = label.copy(), image.copy()
-    donor_label[30:70, 20:60] = donor_label[60:64, 150:154] = 28       # two buses, one red each
-    donor_image[donor_label == 28] = (255, 0, 0)
-    places, parts = set(), [Image.fromarray(a) for a in (image, label, donor_image, donor_label)]
-    for seed in range(60):
+    cells = np.random.default_rng(0).integers(0, 19, (8, 8), np.uint8)
+    label = cells.repeat(16, axis=0).repeat(16, axis=1)
+    image = Image.fromarray(np.stack([label * 13] * 3, axis=-1))    # the color tells the label
+    padded_above, padded_below = 0, 0
+    for seed in range(40):
         rng = np.random.default_rng(seed)
-        x, y = data.copy_blob(*parts[:2], data.cut_blob(*parts[2:], "bus", rng), rng)
+        x, y = data.augment(image, Image.fromarray(label), (100, 90), rng)
         x, y = np.asarray(x), np.asarray(y)
-        bus = y == 28
-        assert x.shape == image.shape and y.shape == label.shape
-        assert (y[~bus] == label[~bus]).all() and (x[~bus] == 90).all()
-        assert (x[bus] == (255, 0, 0)).all()
-        if bus.any():
-            rows, columns = np.flatnonzero(bus.any(1)), np.flatnonzero(bus.any(0))
-            foot = rows[-1]
-            assert foot >= 49 and label[min(foot + 1, 99), columns[len(columns) // 2]] == 7
-            if columns[0] > 0 and columns[-1] < 199 and foot < 99:      # not clipped
-                ratio = len(rows) / (foot - 42)                         # horizon at row 42
-                large = abs(ratio - 40 / 28) < 0.25
-                assert large or abs(ratio - 4 / 22) < 0.1, ratio
-                line = -60 / 28 if large else 52 / 22               # on which it stood
-                astray = columns.mean() + 0.5 - 100 - line * (foot - 42)
-                assert abs(astray) < len(columns) / 2 + 3, astray
-                places.add((foot, columns[0]))
-    assert len(places) > 20
-    assert np.array_equal(np.asarray(parts[1]), label), "the input was changed"
-    assert data.cut_blob(*parts[:2], "bus", rng) is None        # a donor without a bus
-    hidden = donor_label.copy()
-    hidden[60:64, 150:154], hidden[70, 20:30] = 7, 26           # a car before a part of its foot
-    assert data.cut_blob(parts[2], Image.fromarray(hidden), "bus", rng)
-    hidden[70, 20:40] = 26                                      # before half of it
-    assert data.cut_blob(parts[2], Image.fromarray(hidden), "bus", rng) is None
-    label[48:95, ::4], label[48:52, 1::4] = 17, 26              # near poles and far cars
-    covered = 0
-    for seed in range(20):
+        assert x.shape == (100, 90, 3) and y.shape == (100, 90)
+        ignored = y == 255
+        padded_above += ignored[0].all()
+        padded_below += ignored[-1].all()
+        assert (x[ignored] == (124, 116, 104)).all()                # ImageNet's mean color
+        assert np.isin(y[~ignored], cells).all()                    # no class is invented
+        agree = np.abs(x[..., 0] / 13.0 - y)[~ignored] < 0.51       # not where cells blend
+        assert agree.mean() > 0.6
+    assert 0 < padded_above < 40 and 0 < padded_below < 40
+
+
+@NO_JITTER
+def test_a_crop_at_scale_1_is_a_window_of_the_frame():
+    label = np.arange(240, dtype=np.uint8).reshape(12, 20)          # value = 20 row + column
+    rows, columns = np.divmod(label, 20)
+    image = np.stack([20 * rows, 10 * columns, label], axis=-1).astype(np.uint8)
+    corners = set()
+    for seed in range(100):
         rng = np.random.default_rng(seed)
-        x = data.copy_blob(parts[0], Image.fromarray(label),
-                           data.cut_blob(*parts[2:], "bus", rng), rng)[1]
-        bus = np.asarray(x) == 28
-        assert bus[95:].any() or not bus[label == 17].any()     # poles in front of what is behind
-        covered += bus[label == 26].sum()
-    assert covered
-    sky = Image.fromarray(np.full_like(label, 23))              # a frame without a road
-    assert data.copy_blob(parts[0], sky, data.cut_blob(*parts[2:], "bus", rng), rng)[1] is sky
+        x, y = data.augment(Image.fromarray(image), Image.fromarray(label), (5, 8), rng, (1, 1))
+        x, y = np.asarray(x).astype(int), np.asarray(y)
+        if y[0, 0] > y[0, 1]:                                       # mirrored
+            x, y = x[:, ::-1], y[:, ::-1]
+        row, column = divmod(int(y[0, 0]), 20)
+        corners.add((row, column))
+        window = slice(row, row + 5), slice(column, column + 8)
+        assert np.array_equal(y, label[window])
+        difference = np.abs(x - image[window])                      # up to half a pixel
+        assert difference[..., 0].max() <= 10 and difference[..., 1].max() <= 5
+    assert len(corners) > 50
 
 
-def test_class_pixels_and_weights():
-    label = np.full((10, 10), 7, np.uint8)
-    label[:2], label[2:3] = 11, 0
-    root = write_tree(FOLDER / "counted", label)
-    frames = data.Cityscapes(root, "train")
+@NO_JITTER
+def test_zoom_and_flip_are_spread_evenly():
+    label = np.tile(np.arange(128, dtype=np.uint8), (128, 1))       # value = column
+    image = Image.new("RGB", (128, 128))
+    zooms, mirrored = [], 0
+    for seed in range(200):
+        y = data.augment(image, Image.fromarray(label), (8, 32), np.random.default_rng(seed))[1]
+        y = np.asarray(y).astype(int)
+        zooms.append(31 / np.ptp(y[0]))
+        mirrored += y[0, 0] > y[0, -1]
+    assert 0.48 < min(zooms) < 0.55 and 1.8 < max(zooms) < 2.3
+    assert 70 < np.greater(zooms, 1).sum() < 130                    # of 200: four sigma
+    assert 70 < mirrored < 130
+
+
+def test_jitter_equals_its_formula_and_is_used():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    image, label = Image.fromarray(pixels), Image.new("L", (6, 5))
+    brightness, contrast, saturation = np.random.default_rng(3).uniform(0.75, 1.25, 3)
+    grey = (pixels @ [0.299, 0.587, 0.114])[..., None]
+    y = saturation * pixels + (1 - saturation) * grey
+    z = brightness * (contrast * (y - 128) + 128)
+    result = data.jitter(image, np.random.default_rng(3))
+    assert np.abs(np.asarray(result) - z.clip(0, 255)).max() <= 1
+    with mock.patch("data.jitter", wraps=data.jitter) as jitter:
+        data.augment(image, label, (4, 4), np.random.default_rng(0))
+    assert jitter.called
+
+
+# -------------------------------------------------------- data: pixels and weights
+
+
+def counted_tree(name):
+    """A tree of one label, 70 pixels of road, 20 of building and 10 unlabeled -> its dataset."""
+    label = np.full((10, 10), ROAD, np.uint8)
+    label[:2] = BUILDING
+    label[2] = 0
+    return data.Cityscapes(write_tree(FOLDER / name, label), "train")
+
+
+def recounted(frames):
+    """Whether class_pixels reads the labels, and does not take its cache. Checks the counts."""
+    with mock.patch("data.read_label", wraps=data.read_label) as read_label:
+        pixels = data.class_pixels(frames)
+    expected = np.stack([np.bincount(label.flatten(), minlength=256)[:19] for _, label in frames])
+    assert pixels.dtype == np.int64 and np.array_equal(pixels, expected)
+    return read_label.called
+
+
+def test_class_pixels_are_counted_once_and_again_if_a_label_changes():
+    frames = counted_tree("counted")
     pixels = data.class_pixels(frames)
-    assert pixels.shape == (1, 19) and pixels[0, 0] == 70 and pixels[0, 2] == 20
-    assert pixels.sum() == 90
-    with mock.patch("data.read_label", side_effect=AssertionError("counted again")):
-        assert np.array_equal(data.class_pixels(frames), pixels)
-    write_tree(root, np.full((10, 11), 7, np.uint8))    # the files change: counted anew
-    assert data.class_pixels(frames).sum() == 110
+    assert pixels.sum() == 90 and pixels[0, 0] == 70 and pixels[0, 2] == 20
+    assert not recounted(frames)
+    path = frames.labels[0]
+    Image.new("L", (10, 10), ROAD).save(path, compress_level=0)
+    assert recounted(frames) and not recounted(frames)
+    size, time_ns = path.stat().st_size, path.stat().st_mtime_ns
+    Image.new("L", (10, 10), BUILDING).save(path, compress_level=0)
+    os.utime(path, ns=(time_ns, time_ns + 10**9))
+    assert path.stat().st_size == size and recounted(frames)            # another time
+    Image.new("L", (10, 10), ROAD).save(path)
+    os.utime(path, ns=(time_ns, time_ns + 10**9))
+    assert path.stat().st_size != size and recounted(frames)            # another size
 
+
+def test_broken_caches_are_replaced():
+    frames = counted_tree("broken-cache")
+    data.class_pixels(frames)
+    cache = frames.root / "class_pixels_train.npz"
+    for content in b"", b"no archive", cache.read_bytes()[:100]:
+        cache.write_bytes(content)
+        assert recounted(frames) and not recounted(frames)
+
+
+def test_class_pixels_work_in_a_read_only_root():
+    frames = counted_tree("read-only")
+    error = OSError(30, "Read-only file system")        # what every change to it raises
+    with mock.patch("numpy.savez", side_effect=error), mock.patch("os.unlink", side_effect=error):
+        assert data.class_pixels(frames).sum() == 90
+    assert not list(frames.root.glob("*.npz"))
+
+
+def test_class_weights_equal_their_formulas():
     pixels = np.zeros((2, 19), np.int64)
-    pixels[0, :2], pixels[1, 0] = (60, 40), 100
-    enet = data.class_weights(pixels, "enet")
-    close(enet[:3], [1 / math.log(1.02 + 0.8), 1 / math.log(1.02 + 0.2), 1 / math.log(1.02)])
+    pixels[0, :2] = 60, 40
+    pixels[1, 0] = 100
+    rest = [1 / math.log(1.02)] * 17
+    close(data.class_weights(pixels, "enet"), [1 / math.log(1.82), 1 / math.log(1.22), *rest])
     f = [160 / 200, 40 / 100]                           # of the frames that hold the class
-    close(data.class_weights(pixels, "median")[:3], [0.6 / f[0], 0.6 / f[1], 0])
+    close(data.class_weights(pixels, "median"), [0.6 / f[0], 0.6 / f[1], *[0] * 17])
     assert data.class_weights(pixels, "none") is None
+    raises(ValueError, data.class_weights, pixels, "inverse")
+    for scheme in "enet", "median":
+        raises(ValueError, data.class_weights, 0 * pixels, scheme)
 
 
-def test_scenes():
-    again = FOLDER / "scenes-again"
+# ------------------------------------------------------------------- data: CopyBlob
+
+WALL, PERSON, CAR, BUS = [data.TRAIN_ID[name] for name in ("wall", "person", "car", "bus")]
+
+
+def street():
+    """Train ids 256 x 512 of an empty street: sidewalks on both sides, the road between them."""
+    ids = np.full((256, 512), data.TRAIN_ID["sky"], np.uint8)
+    ids[60:120] = data.TRAIN_ID["building"]
+    ids[120:] = data.TRAIN_ID["road"]
+    ids[120:, :150] = ids[120:, -150:] = data.TRAIN_ID["sidewalk"]
+    return ids
+
+
+def street_frame(ids, gray=90):
+    return Image.new("RGB", (512, 256), (gray, gray, gray)), Image.fromarray(ids)
+
+
+def wall_frame(top=100, bottom=160, left=40, right=140):
+    """A street with a light gray wall."""
+    ids = street()
+    ids[top:bottom, left:right] = WALL
+    return street_frame(ids, gray=200)
+
+
+def cut_wall(**box):
+    return data.cut_blob(*wall_frame(**box), WALL, np.random.default_rng(0))
+
+
+def paste(ids, blob, seed):
+    """Paste a blob into a dark gray frame -> train ids and image after it, as arrays."""
+    image, label = data.copy_blob(*street_frame(ids), blob, np.random.default_rng(seed))
+    return np.asarray(label), np.asarray(image)
+
+
+def test_a_blob_stands_on_its_carrier_with_the_size_of_its_distance():
+    blob, scales, halves = cut_wall(), [], set()
+    assert blob.drop == 160 - 0.42 * 256 and blob.side == -167
+    for seed in range(40):
+        after, _ = paste(street(), blob, seed)
+        rows, columns = np.nonzero(after == WALL)
+        foot = int(np.median(columns[rows == rows.max()]))
+        assert street()[rows.max(), foot] == data.TRAIN_ID["sidewalk"]
+        scale = (rows.max() + 1 - 0.42 * 256) / blob.drop
+        assert 0.5 < scale < 2
+        assert abs(np.ptp(rows) + 1 - 60 * scale) <= 1
+        if 0 < columns.min() and columns.max() < 511:               # not clipped
+            assert abs(np.ptp(columns) + 1 - 100 * scale) <= 1
+        scales.append(scale)
+        halves.add(foot > 256)
+    assert max(scales) > 1.2 * min(scales) and halves == {True, False}
+    ids = street()
+    ids[90:150, 200:300] = BUS
+    bus = data.cut_blob(*street_frame(ids), BUS, np.random.default_rng(0))
+    x, y = data.find_place(Image.fromarray(street()), bus, np.random.default_rng(1))
+    assert street()[y, x] == data.TRAIN_ID["road"]
+
+
+def test_a_blob_is_moved_along_the_street_and_stays_in_the_frame():
+    """The bounds lie between the results and those of places drawn at random."""
+    blob, moved, clipped = cut_wall(), [], []
+    wide = data.Blob(WALL, Image.new("RGB", (230, 60)), None, 226, -200, 52)
+    sidewalk = Image.fromarray(np.full((256, 512), data.TRAIN_ID["sidewalk"], np.uint8))
+    for seed in range(100):
+        x, y = data.find_place(Image.fromarray(street()), blob, np.random.default_rng(seed))
+        scale = (y + 1 - 0.42 * 256) / blob.drop
+        moved.append(abs(abs(x - 256) / scale - abs(blob.side)))
+        x, y = data.find_place(sidewalk, wide, np.random.default_rng(seed))
+        scale = (y + 1 - 0.42 * 256) / wide.drop
+        clipped.append(max(0, scale * 226 + abs(x - 256) - 256) / scale)
+    assert np.median(moved) < 40                        # 23; at random 63
+    assert np.mean(clipped) < 100                       # 74; without it in the choice 154
+
+
+def test_blobs_are_mirrored_on_the_other_side_of_the_street():
+    ids = street()
+    for column in range(20, 140):                       # the near, high end is on the left
+        ids[90 + column // 5:150 - column // 5, column] = WALL
+    blob, halves = data.cut_blob(*street_frame(ids, 200), WALL, np.random.default_rng(0)), set()
+    for seed in range(20):
+        after, image = paste(street(), blob, seed)
+        changed = after != street()
+        assert (after[changed] == WALL).all() and (image[changed] == 200).all()
+        assert (image[~changed] == 90).all()            # nothing changes beside the blob
+        heights = changed.sum(axis=0)
+        columns = np.flatnonzero(heights)
+        on_the_left = columns.mean() < 256
+        assert (heights[columns[0]] > heights[columns[-1]]) == on_the_left
+        halves.add(bool(on_the_left))
+    assert halves == {True, False}
+
+
+def test_people_and_nearer_things_stay_in_front_of_a_blob():
+    for thing, top, bottom, stays in ((PERSON, 90, 125, True), (CAR, 80, 250, True),
+                                      (CAR, 80, 112, False)):       # that one is farther away
+        ids = street()
+        ids[top:bottom, ::8] = thing
+        hidden = 0
+        for seed in range(10):
+            after, _ = paste(ids, cut_wall(), seed)
+            assert (after == WALL).any()
+            hidden += (after[ids == thing] == WALL).sum()
+        assert (hidden == 0) == stays
+
+
+def test_a_frame_without_a_place_is_returned_as_it_is():
+    image, label = street_frame(street())
+    assert data.copy_blob(image, label, cut_wall(), np.random.default_rng(0))[1] is not label
+    assert np.array_equal(np.asarray(label), street()) and (np.asarray(image) == 90).all()
+    image, label = street_frame(np.full((256, 512), data.TRAIN_ID["road"], np.uint8))
+    pasted = data.copy_blob(image, label, cut_wall(), np.random.default_rng(0))
+    assert pasted[0] is image and pasted[1] is label
+
+
+def test_large_pieces_are_cut_slivers_never_and_poles_leave_holes():
+    assert cut_wall(top=100, bottom=125, left=40, right=65) is None     # 0.0048 of the frame
+    assert cut_wall(top=100, bottom=126, left=40, right=66) is not None
+    assert cut_wall(top=61, bottom=100) is None         # above the horizon
+    ids = street()
+    ids[100:160, 20:140] = WALL
+    ids[90:170, 80:88] = data.TRAIN_ID["pole"]          # narrower than 0.03 of the width
+    ids[100:140, 400:430] = WALL                        # a sixth of the area of the other piece
+    rng, widths = np.random.default_rng(0), []
+    for _ in range(200):
+        blob = data.cut_blob(*street_frame(ids), WALL, rng)
+        widths.append(blob.image.width)
+        if blob.image.width == 120:
+            assert np.asarray(blob.mask).sum() == 60 * 112
+    assert set(widths) == {30, 120} and 140 < widths.count(120) < 190
+
+
+def test_only_rare_classes_are_pasted():
+    pixels = np.zeros((100, 19), np.int64)
+    pixels[:, 0] = 10000
+    pixels[:10, WALL] = 500                             # 0.5 % of the pixels, in 10 of 100 frames
+    pixels[:, data.TRAIN_ID["fence"]] = 300             # 3 %
+    pixels[:20, data.TRAIN_ID["pole"]] = 100            # rare, but no class of CARRIER
+    rates = data.paste_rates(pixels)
+    close(rates[WALL], 3 * 10 / 100)
+    assert np.count_nonzero(rates) == 1
+    pixels[:, WALL] = 20                                # in every frame
+    assert data.paste_rates(pixels)[WALL] == 1
+
+
+def stored(seed=0, most=64, delay=0):
+    """collect_blobs on 8 frames with ever larger walls, the last a sliver, and 40 without."""
+    frames = [wall_frame(bottom=130 + 5 * i) for i in range(7)]
+    frames += [wall_frame(bottom=110, right=50)] + [street_frame(street())] * 40
+    pixels = [np.bincount(np.asarray(label).ravel(), minlength=19)[:19] for _, label in frames]
+    read = []
+
+    def read_frame(index):
+        time.sleep(delay if not read else 0)            # the first one is the last to arrive
+        read.append(index)
+        return frames[index]
+
+    dataset = mock.Mock(seed=seed, read=read_frame)
+    return data.collect_blobs(dataset, np.array(pixels), most), read
+
+
+def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
+    blobs, read = stored()
+    assert sorted(read) == list(range(7)) and list(blobs) == [WALL] and len(blobs[WALL]) == 7
+    drops = [blob.drop for blob in blobs[WALL]]
+    assert drops == [blob.drop for blob in stored(delay=0.1)[0][WALL]]
+    chosen = [stored(seed, most=1)[1][0] for seed in range(60)]
+    assert len(set(chosen)) > 3 and np.mean(chosen) > 3.2           # in proportion to area: 3.8
+
+
+def test_pasting_nothing_is_told_in_one_line():
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert data.collect_blobs(mock.Mock(seed=0), np.ones((3, 19), np.int64)) == {}
+    assert printed.getvalue().startswith("CopyBlob pastes nothing")
+    assert printed.getvalue().count("\n") == 1
+
+
+# --------------------------------------------------------- data: generated scenes
+
+
+def test_scenes_are_the_same_bytes_for_the_same_seed():
+    again, other = FOLDER / "scenes-again", FOLDER / "scenes-other-seed"
     data.make_scenes(again, train=6, val=3)
-    files = sorted(f.relative_to(again) for f in again.rglob("*.png"))
-    assert len(files) == 18
-    assert all((again / f).read_bytes() == (scenes() / f).read_bytes() for f in files)
-    found = np.zeros(19)
-    for i in range(25):
-        image, label = data.draw_scene(np.random.default_rng((0, 0, i)))
+    data.make_scenes(other, train=6, val=3, seed=1)
+    paths = [path.relative_to(again) for path in again.rglob("*.png")]
+    assert len(paths) == 18
+    for path in paths:
+        assert (again / path).read_bytes() == (scenes() / path).read_bytes()
+        assert (again / path).read_bytes() != (other / path).read_bytes()
+    assert len(data.Cityscapes(again, "train")) == 6 and len(data.Cityscapes(again, "val")) == 3
+
+
+def test_scenes_hold_every_class():
+    found = np.zeros(256, int)
+    for i in range(50):
+        image, label = data.draw_scene(np.random.default_rng(i))
         assert image.shape == (128, 256, 3) and label.shape == (128, 256)
-        found += np.bincount(data.LABEL_TO_TRAIN[label].ravel(), minlength=256)[:19]
-        assert (data.LABEL_TO_TRAIN[label] == 255).any()
-    assert (found > 0).all()
-    assert set(np.argsort(-found)[:3]) == {0, 2, 8}     # road, building, vegetation
-    broken = FOLDER / "broken"
+        assert image.dtype == label.dtype == np.uint8
+        train_ids = data.LABEL_TO_TRAIN[label]
+        assert (train_ids == 255).any()
+        found += np.bincount(train_ids.flatten(), minlength=256)
+    assert found[:19].all()
+    common = np.argsort(-found[:19])[:3]
+    assert set(common) == {0, 2, 8}                     # road, building, vegetation
+
+
+def test_interrupted_scenes_leave_nothing():
+    folder = FOLDER / "interrupted"
     with mock.patch("os.replace", side_effect=KeyboardInterrupt):
-        raises(KeyboardInterrupt, data.make_scenes, broken, 6, 3)
-    assert not broken.exists()
-    broken.mkdir()
-    (broken / "mine.txt").write_text("keep me")
-    raises(FileExistsError, data.make_scenes, broken)
-    assert (broken / "mine.txt").exists()
+        raises(KeyboardInterrupt, data.make_scenes, folder / "scenes", 1, 1)
+    assert not list(folder.iterdir())
+    data.make_scenes(folder / "scenes", 1, 1)
+    assert len(data.Cityscapes(folder / "scenes", "train")) == 1
 
 
-# --------------------------------------------------------------------------- train and eval
+def test_scenes_never_replace_other_files():
+    folder = FOLDER / "foreign"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep me")
+    raises(FileExistsError, data.make_scenes, folder, 1, 1)
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    finished = next(scenes().rglob("*_leftImg8bit.png"))
+    before = finished.stat().st_mtime_ns
+    data.make_scenes(scenes(), train=6, val=3)
+    assert finished.stat().st_mtime_ns == before
 
 
-def test_schedule_and_order():
-    rates = [train.schedule(s, 100, 10) for s in range(100)]
-    assert rates[0] < 0.11 and max(rates) == max(rates[8:11]) and 0 < rates[99] < 0.02
-    close(rates[50], 0.5**0.9)
-    steps = [train.items_of(step, 10, 4, seed=0) for step in range(6, 8)]           # epoch 3
-    items = sum(steps, [])
-    assert len(items) == len(set(items)) == 8 and all(30 <= i < 40 for i in items)
-    assert items != sum([train.items_of(step, 10, 4, seed=1) for step in range(6, 8)], [])
-    halves = []
-    for rank in range(2):
-        with mock.patch("train.RANK", rank), mock.patch("train.WORLD", 2):
-            halves.append(train.items_of(6, 10, 4, seed=0))
-    assert [i for pair in zip(*halves) for i in pair] == steps[0]       # together the same batch
-    run, shares = mock.Mock(val_set=range(7), model=torch.nn.Identity()), []
+# ------------------------------------------------------------- helpers of train and eval
 
-    def note(model, share, *args, **options):
-        shares.extend(share)
-        return mock.Mock()
-
-    for rank in range(3):                               # each frame is scored once
-        with (mock.patch("train.RANK", rank), mock.patch("train.WORLD", 3),
-              mock.patch("train.dist"), mock.patch("train.evaluate", note)):
-            train.Run.validate(run, [])
-    assert sorted(shares) == list(range(7))
-    model = unet.build_model("resnet18")
-    args = mock.Mock(lr=1.0, encoder_lr=0.1, weight_decay=0.5, pretrained=True, optimizer="sgd")
-    groups = train.build_optimizer(model, args, torch.device("cpu")).param_groups
-    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    rates = sorted((g["peak_lr"], g["weight_decay"]) for g in groups)
-    assert rates == [(0.1, 0), (0.1, 0.5), (1, 0), (1, 0.5)]
-
-
-def test_run_leaves_its_files_and_none_is_overwritten():
-    out = checkpoint()
-    log = (out / "log.csv").read_text().splitlines()
-    assert len(log) == 3 and log[0].startswith("epoch,loss,lr,")
-    best, last = (torch.load(out / n, weights_only=True) for n in ("best.pt", "last.pt"))
-    assert set(best) < set(last) and best["settings"]["model"] == "resnet18"
-    assert best["miou"] == max(row["miou"] for row in last["log"]) == last["best"]
-    before = (out / "last.pt").read_bytes()
-    assert "--resume" in raises(ValueError, small_run, out)
-    assert (out / "last.pt").read_bytes() == before
-    (out / "last.pt.part").touch()
-    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
-        message = raises(OSError, train.write, before, out / "last.pt")
-    assert f"{out}/last.pt" in message and "No space" in message
-    assert (out / "last.pt").read_bytes() == before
-    assert not (out / "last.pt.part").exists()
-
-
-def load(out):
-    """The last.pt of a run."""
-    return torch.load(out / "last.pt", weights_only=True)
+TIMES = ("seconds", "images_per_s", "data_wait")    # columns of log.csv that no two runs share
 
 
 def assert_same_run(whole, out):
-    """The last.pt in `out` holds, bit by bit, what the undisturbed run's does."""
+    """Two finished runs are equal bit by bit: weights, optimizer, scaler, scores and log."""
     a, b = load(whole), load(out)
-    assert a["step"] == b["step"] == 6 and a["best"] == b["best"] and len(b["log"]) == 2
-    for key, value in a["model"].items():
-        assert torch.equal(value, b["model"][key]), key
-    timed = ("images_per_s", "data_wait", "seconds")
-    for row, row2 in zip(a["log"], b["log"]):
-        assert all(row[k] == row2[k] or row[k] != row[k] for k in row if k not in timed)
-
-
-def tiny(name, classes, pretrained):
-    """A network in place of build_model's that draws random numbers: it skips many blocks."""
-    return unet.UNet(unet.ConvNeXt((2, 2, 2, 2), (8, 8, 8, 8), drop_path=0.8), classes)
+    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
+    torch.testing.assert_close(b["optimizer"]["state"], a["optimizer"]["state"], rtol=0, atol=0)
+    for key in "scaler", "step", "epoch", "best_miou", "miou":
+        assert a[key] == b[key], key
+    assert len(a["log"]) == len(b["log"]) == a["epoch"]
+    for row, other in zip(a["log"], b["log"]):
+        for key in row:
+            assert key in TIMES or row[key] == other[key], key
 
 
 @mock.patch("train.build_model", tiny)
-def test_resume_is_as_if_never_stopped():
-    """Stopped by a crash, then by a signal, then while validating; with and without workers."""
-    whole, out, real, calls = FOLDER / "tiny", FOLDER / "parts", train.Run.train_step, []
-    small_run(whole, "--loss", "ce+dice")
-
-    def crash(self, *args):
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return real(self, *args)
-
-    def interrupt(self, *args):
-        calls.append(self.step)
-        if self.step == 4:
-            signal.raise_signal(signal.SIGTERM)
-        return real(self, *args)
-
-    with mock.patch("train.Run.train_step", crash):
-        raises(SystemExit, small_run, out, "--loss", "ce+dice", "--save-minutes", "0")
-    with mock.patch("train.Run.train_step", interrupt):
-        raises(SystemExit, resume, out, "--workers", "2", "--save-minutes", "9")
-    assert calls == [2, 3, 4] and load(out)["step"] == 5
-    with mock.patch("train.Run.validate", side_effect=KeyboardInterrupt):
-        raises(SystemExit, resume, out, "--workers", "0")
-    assert load(out)["step"] == 6 and len(load(out)["log"]) == 1
-    resume(out)
-    assert_same_run(whole, out)
-    assert len(resume(out, "--epochs", "3", "--amp", "fp16")) == 3      # and longer, if asked
-    assert "further" in raises(ValueError, resume, out, "--epochs", "1")
-    for wrong in ("--lr 1", "--loss ce", "--seed 1", "--crop 32 32", "--out elsewhere"):
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            raises(SystemExit, resume, out, *wrong.split())
-        assert wrong.split()[0] in stderr.getvalue() and "last.pt" in stderr.getvalue()
-    assert "resume from its last.pt" in raises(
-        ValueError, train.main, ["--resume", str(out / "best.pt")])
+def tiny_run(out, *options, run=small_run):
+    """A small_run of the tiny network -> what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(out, *options)
+    return printed.getvalue()
 
 
-def resume(out, *options):
-    """Go on with the run in `out` -> the rows of its log."""
-    return train.main(["--resume", str(out / "last.pt"), *options])
+tiny_resume = functools.partial(tiny_run, run=resume)
 
 
-def test_killed_at_any_moment():
-    """SIGKILL soon after each next last.pt, in the midst of the one after it too."""
-    out = FOLDER / "killed"
-    options = [*SMALL, "--data", str(scenes()), "--out", str(out), "--loss", "ce+dice",
-               "--save-minutes", "0"]
-    for delay in (0, 0.1, 0.2):
-        before = (out / "last.pt").stat().st_mtime_ns if out.exists() else None
-        child = subprocess.Popen([sys.executable, str(HERE / "train.py"), *options],
-                                 stdout=subprocess.DEVNULL)
-        while child.poll() is None and (
-                not (out / "last.pt").exists() or (out / "last.pt").stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        time.sleep(delay)
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
-        options = ["--resume", str(out / "last.pt")]
-    assert load(out)["step"] < 6
-    resume(out)
-    small_run(FOLDER / "whole", "--loss", "ce+dice")
-    assert_same_run(FOLDER / "whole", out)
+def whole_run():
+    """The folder of a tiny run of 6 steps that nobody disturbed, trained once."""
+    out = FOLDER / "whole"
+    if not out.exists():
+        tiny_run(out, "--loss", "ce+dice")
+    return out
 
 
-def test_two_processes():
-    """torchrun on the CPU: the scores are those of its weights, and one process can go on."""
-    out = FOLDER / "two"
-    options = [*SMALL, "--data", str(scenes()), "--out", str(out), "--epochs", "1"]
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-         str(HERE / "train.py"), *options], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch 1/1") == 1, result.stdout         # said once
-    last = load(out)
-    scored, = run_eval("--ckpt", out / "best.pt", "--out", FOLDER / "two-eval")
-    assert last["step"] == 3 and abs(scored["miou"] - last["log"][0]["miou"]) < 1e-9
-    assert scored["pixel_accuracy"] == last["log"][0]["pixel_accuracy"]
-    assert len(resume(out, "--epochs", "2")) == 2
+def ready_run(*options):
+    """A tiny Run that has not begun its first step."""
+    with mock.patch("train.train") as begin:
+        tiny_run(Path(tempfile.mkdtemp(dir=FOLDER)), *options)
+    return begin.call_args.args[0]
 
 
-def test_bad_options_and_files_are_one_line():
-    """Through the command line's own door: exit status 2, one line, no traceback."""
-    out, junk, hostile = FOLDER / "refused", FOLDER / "junk.pt", FOLDER / "hostile.pt"
-    junk.write_text("not a checkpoint")
-    (FOLDER / "cut.pt").write_bytes((checkpoint() / "best.pt").read_bytes()[:100_000])
-    torch.save({"model": Hostile(), "settings": {}}, hostile)
-    other = torch.load(checkpoint() / "best.pt", weights_only=True)
-    torch.save({**other, "settings": {**other["settings"], "model": "resnet34"}}, FOLDER / "34.pt")
-    small = ["--data", str(scenes()), "--out", str(out), *SMALL]
-    best = str(checkpoint() / "best.pt")
-    for module, options, *parts in (
-            *((train, [*small, option, value], option) for option, value in (
-                ("--epochs", "0"), ("--batch", "-1"), ("--lr", "nan"), ("--lr", "0"),
-                ("--copyblob", "1.5"), ("--workers", "-1"), ("--seed", "x"), ("--scale", "0"),
-                ("--loss", "mse"), ("--model", "vgg"), ("--batch", "7"), ("--colour", "red"),
-                ("--device", "cuda:99"))),
-            (train, [*small, "--resume", str(junk)], str(junk)),
-            (train, [*small, "--resume", str(hostile)], str(hostile)),
-            (train, [*small[2:], "--data", str(FOLDER)], "leftImg8bit_trainvaltest.zip"),
-            (train, [*small, "--model", "convunext", "--pretrained"], "--no-pretrained"),
-            (evaluation, ["--ckpt", str(junk)], str(junk)),
-            (evaluation, ["--ckpt", str(FOLDER / "cut.pt")], "cut.pt"),
-            (evaluation, ["--ckpt", str(FOLDER / "34.pt")], "34.pt", "resnet34"),
-            (evaluation, ["--ckpt", str(hostile)], str(hostile)),
-            (evaluation, ["--ckpt", "missing.pt"], "missing.pt"),
-            (evaluation, ["--ckpt", best, "--split", "validation"], "leftImg8bit/validation"),
-            (evaluation, ["--ckpt", best, "--images", str(out)], str(out)),
-            (evaluation, ["--ckpt", best, "--panels", "0"], "--panels")):
-        stderr = io.StringIO()
-        with contextlib.redirect_stderr(stderr), mock.patch("sys.argv", [module.__file__]):
-            code = raises(SystemExit, evaluation.command_line, lambda: module.main(options))
-        line = stderr.getvalue()
-        assert code == "2" and line.count("\n") == 1, (options, line)
-        assert line.startswith(f"{Path(module.__file__).name}: error: "), line
-        assert all(part in line for part in parts), (options, line)
-    assert not (out / "last.pt").exists() and not (FOLDER / "owned").exists()
-    raises(KeyError, evaluation.command_line, lambda: {}["a bug keeps its traceback"])
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                  RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            raises(SystemExit, evaluation.command_line, mock.Mock(side_effect=error))
-        assert "--batch" in stderr.getvalue()
+def before_step(number, action=mock.Mock(side_effect=KeyError)):
+    """A patch that calls action() just before step `number`, counted from 0."""
+    original = train.seed_step
+
+    def seed_step(seed, step):
+        if step == number:
+            action()
+        original(seed, step)
+    return mock.patch("train.seed_step", seed_step)
 
 
-@mock.patch("train.build_model", tiny)
-def test_autocast():
-    loss = {}
-    for amp in ("off", "bf16", "fp16"):
-        rows = small_run(FOLDER / amp, "--epochs", "1", "--crop", "32", "32", "--amp", amp)
-        loss[amp] = rows[0]["loss"]
-    for amp in ("bf16", "fp16"):
-        assert loss[amp] != loss["off"]
-        close(loss[amp], loss["off"], 0.05)
-    assert load(FOLDER / "fp16")["scaler"]["scale"] > 1 and not load(FOLDER / "bf16")["scaler"]
-    cuda = torch.device("cuda")
-    for capable, dtype in ((True, torch.bfloat16), (False, torch.float16)):
-        with mock.patch("torch.cuda.is_bf16_supported", lambda **options: capable):
-            assert evaluation.pick_amp("auto", cuda) == dtype
-            if not capable:
-                raises(ValueError, evaluation.pick_amp, "bf16", cuda)
+@contextlib.contextmanager
+def as_rank(number, world_size=2):
+    """This process takes itself for one of several -> a mock of torch.distributed."""
+    with (mock.patch("train.rank", lambda: number), mock.patch("train.dist") as dist,
+          mock.patch("train.world_size", lambda: world_size),
+          mock.patch("train.is_rank_0", lambda: number == 0)):
+        yield dist
 
 
-def test_training_learns():
-    rows = small_run(FOLDER / "learn", "--epochs", "10", "--crop", "64", "128", "--amp", "auto")
-    assert min(r["loss"] for r in rows[-3:]) < 0.75 * rows[0]["loss"], [r["loss"] for r in rows]
-    assert rows[-1]["miou"] > 0.05                      # all road, the best constant: 0.014
+def launch(out, *options, pause=0.2, processes=1):
+    """Start a tiny run in a new process group -> Popen.
+
+    Each step takes `pause` seconds longer. With several processes, torchrun starts them.
+    """
+    script = FOLDER / "tiny_train.py"
+    script.write_text(f"""import sys, time
+sys.path.insert(0, {str(HERE)!r})
+import eval, train, unet
+
+{inspect.getsource(tiny)}
+
+def seed_step(seed, step, original=train.seed_step):
+    time.sleep({pause!r})
+    original(seed, step)
 
 
-def test_a_loss_that_explodes_stops_the_run():
-    out, real = FOLDER / "nan", train.Run.train_step
+train.build_model, train.seed_step = tiny, seed_step
+eval.command_line(train.main)
+""")
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [script, "--out", out, "--data", scenes(), *SMALL, "--loss", "ce+dice",
+                "--save-minutes", "0", *options]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
-    def explode(self, *args):
-        return real(self, *args) * (float("nan") if self.step == 4 else 1)
 
-    with mock.patch("train.Run.train_step", explode):
-        message = raises(FloatingPointError, small_run, out, "--save-minutes", "0")
-    items = train.items_of(3, 6, 2, seed=0)             # of the fourth step
-    frames = data.Cityscapes(scenes(), "train")
-    assert "step 4 " in message and all(str(frames.images[i % 6]) in message for i in items)
-    assert load(out)["step"] == 3
+def wait_for_save(process, out, before=None):
+    """Wait until the process has replaced the last.pt of time `before` -> the new time."""
+    path = out / "last.pt"
+    while not path.exists() or path.stat().st_mtime_ns == before:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    return path.stat().st_mtime_ns
 
-    def poison(self, *args):
-        loss = real(self, *args)
-        if self.step == 2:                              # a finite loss, and an update that is not
-            next(self.model.parameters()).data.fill_(float("inf"))
-        return loss
 
-    out = FOLDER / "inf"
-    with mock.patch("train.Run.train_step", poison):
-        message = raises(FloatingPointError, small_run, out, "--save-minutes", "0")
-    assert "step 2" in message and load(out)["step"] == 1
+def finish(process):
+    """What the process printed. Returns once no child of it holds its output open any more."""
+    return process.communicate(timeout=120)[0]
+
+
+def command_line_of(module, *options):
+    """Run a script's main() through command_line -> exit status, what it wrote to stderr."""
+    words = [str(option) for option in options]
+    with (contextlib.redirect_stderr(io.StringIO()) as stderr,
+          mock.patch.object(evaluation, "ignore_stop_signals"),
+          mock.patch("sys.argv", [module.__file__])):
+        status = raises(SystemExit, evaluation.command_line, lambda: module.main(words))
+    return int(status), stderr.getvalue()
 
 
 def run_eval(*options):
-    fixed = "--device cpu --amp off --workers 0".split()
-    return evaluation.main([*map(str, options), *fixed])
+    """eval.main() on the CPU -> the dicts of metrics.json."""
+    words = [str(option) for option in options]
+    return evaluation.main([*words, *"--device cpu --amp off --workers 0".split()])
+
+
+# ------------------------------------------------------------------------- a training run
+
+
+def test_learning_rate_formula():
+    args = mock.Mock(lr=2.0, epochs=10)
+    close(train.learning_rate(args, 49, 100), 2 * 0.5 * (1 - 49 / 1000)**0.9)   # warmup: an epoch
+    close(train.learning_rate(args, 249, 1000), 2 * 0.5 * (1 - 249 / 10000)**0.9)   # or 500 steps
+    close(train.learning_rate(args, 500, 100), 2 * 0.5**0.9)
+    close(train.learning_rate(args, 999, 100), 2 * 0.001**0.9)
+    close(train.learning_rate(args, 500, 100, factor=0.1), 0.2 * 0.5**0.9)
+
+
+def test_every_group_trains_at_its_own_rate():
+    """The first step of SGD moves a weight by rate x 1.9 x gradient (momentum 0.9, Nesterov)."""
+    run = ready_run("--pretrained", "--encoder-lr", "0.1", "--weight-decay", "0")
+    before = copy.deepcopy(run.model)
+    with before_step(1), mock.patch("torch.optim.SGD.zero_grad"):
+        raises(KeyError, train.train, run)
+    for (name, new), old in zip(run.model.named_parameters(), before.parameters()):
+        rate = run.args.lr / 3                      # the first of three steps of warmup
+        if name.startswith("encoder."):
+            rate *= 0.1
+        close(old - new, rate * 1.9 * new.grad, 1e-3, 1e-6)
+
+
+def test_clip_grad_limits_the_norm():
+    """The first step moves the weights by rate x 1.9 x clipped gradient, whose norm is known."""
+    for amp in "off", "fp16":
+        run = ready_run("--clip-grad", "0.01", "--weight-decay", "0", "--amp", amp)
+        before = copy.deepcopy(run.model)
+        with before_step(1):
+            raises(KeyError, train.train, run)
+        square = 0
+        for old, new in zip(before.parameters(), run.model.parameters()):
+            square += (new - old).square().sum()
+        close(square.sqrt(), run.args.lr / 3 * 1.9 * 0.01, 0.01)
+
+
+def test_epoch_batches_are_whole_and_repeat_no_frame():
+    first, second = train.epoch_batches(0, 10, 4, 0), train.epoch_batches(1, 10, 4, 0)
+    items, later = sum(first, []), sum(second, [])
+    assert [len(batch) for batch in first + second] == [4, 4, 4, 4]
+    assert len(set(items)) == len(set(later)) == 8
+    assert min(items) >= 0 and max(items) < 10 <= min(later) and max(later) < 20
+    assert items != [item - 10 for item in later]
+    assert first != train.epoch_batches(0, 10, 4, seed=1)
+
+
+def test_ranks_share_batches_and_validation_frames():
+    run = ready_run("--batch", "6")
+    run.val_set = range(7)
+    trained, validated = [], []
+
+    def evaluate(model, share, *args, **options):
+        validated.extend(share)
+        return torch.ones(19, 19)
+
+    for number in range(3):
+        with (as_rank(number, 3), mock.patch("train.evaluate", evaluate),
+              mock.patch("train.make_loader", return_value=[]) as make_loader):
+            list(run.batches())
+            run.validate()
+        batch, = make_loader.call_args.kwargs["batch_sampler"]
+        assert len(batch) == 2
+        trained += batch
+    assert sorted(trained) == list(range(6)) and sorted(validated) == list(range(7))
+
+
+def test_ranks_and_steps_draw_different_numbers():
+    def draw(number, step):
+        with as_rank(number):
+            train.seed_step(0, step)
+        return torch.rand(4).tolist()
+
+    assert draw(0, 5) == draw(0, 5)
+    assert draw(0, 5) != draw(1, 5) and draw(0, 5) != draw(0, 6)
+
+
+def test_class_weights_reach_the_loss():
+    run = ready_run("--class-weights", "enet")
+    pixels = np.zeros(256)
+    for path in (scenes() / "gtFine" / "train").rglob("*_labelIds.png"):
+        pixels += np.bincount(np.array(Image.open(path)).ravel(), minlength=256)
+    pixels = pixels[[c.label_id for c in data.CLASSES]]
+    weights = torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
+    logits, target = torch.randn(2, 19, 8, 8), torch.randint(0, 19, (2, 8, 8))
+    close(run.loss_function(logits, target), F.cross_entropy(logits, target, weights))
+
+
+def test_copyblob_reaches_the_data_set():
+    with mock.patch("data.RARE", 1.0):                  # also what is frequent in the scenes
+        run = ready_run("--copyblob", "1")
+    plain = data.Cityscapes(scenes(), "train", (64, 64), scale=run.args.scale)
+    with mock.patch("data.RARE", 1.0):
+        pasted = data.Cityscapes(scenes(), "train", (64, 64), 1.0, scale=run.args.scale)
+    changed = 0
+    for k in range(24):
+        assert torch.equal(run.train_set[k][0], pasted[k][0])
+        changed += not torch.equal(run.train_set[k][1], plain[k][1])
+    assert changed > 0
+
+
+def test_training_learns():
+    """Red tiles are road, blue tiles are sky; the best constant has a mean IoU of about 0.25."""
+    rng = np.random.default_rng(0)
+    for k in range(18):
+        is_road = rng.random((4, 4)).repeat(16, axis=0).repeat(16, axis=1) < 0.5
+        image = np.where(is_road[..., None], (200, 40, 40), (40, 40, 200)).astype(np.uint8)
+        label = np.where(is_road, 7, 23).astype(np.uint8)
+        write_tree(FOLDER / "tiles", label, image, "train" if k < 16 else "val", f"ulm_{k}")
+    rows = small_run(FOLDER / "learn", "--data", str(FOLDER / "tiles"), "--no-pretrained",
+                     "--epochs", "3", "--lr", "0.05", "--scale", "1", "1")
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"] and rows[-1]["miou"] > 0.8
+
+
+def test_compile_gives_the_same_output():
+    run = ready_run()
+    run.args.compile = True
+    compile_eagerly = functools.partial(torch.compile, backend="eager")
+    with mock.patch("torch.compile", side_effect=compile_eagerly) as torch_compile:
+        compiled = train.wrap_network(run.model, run.args)
+    assert torch_compile.called
+    x = torch.randn(2, 3, 64, 64)
+    torch.manual_seed(0)                            # of stochastic depth
+    expected = run.model(x)
+    torch.manual_seed(0)
+    close(compiled(x), expected, 1e-4, 1e-4)
+
+
+def test_init_takes_the_weights_and_nothing_else():
+    run = ready_run("--init", str(whole_run() / "best.pt"))
+    best = load(whole_run(), "best.pt")["model"]
+    torch.testing.assert_close(run.model.state_dict(), best, rtol=0, atol=0)
+    assert (run.step, run.epoch, run.log, run.best_miou) == (0, 0, [], -1.0)
+    encoder = {id(p) for p in run.model.encoder.parameters()}
+    seen = 0
+    for group in run.optimizer.param_groups:
+        for p in group["params"]:
+            assert group["factor"] == (0.5 if id(p) in encoder else 1.0)        # --encoder-lr
+            assert group["weight_decay"] == (5e-4 if p.ndim > 1 else 0.0)       # not for norms
+            seen += 1
+    assert seen == len(list(run.model.parameters())) and not run.optimizer.state
+
+
+# ------------------------------------------------------------------------- files of a run
+
+
+def test_run_leaves_its_files():
+    out = checkpoint()
+    header, *rows = (out / "log.csv").read_text().splitlines()
+    columns = ["epoch", "loss", "lr", "pixel_accuracy", "miou", "mean_dice", "images_per_s",
+               "data_wait", "seconds", "gpu_gib"]
+    assert header.split(",") == columns + [f"iou {c.name}" for c in data.CLASSES]
+    assert len(rows) == 2 and rows[1].startswith("2,")
+    assert Image.open(out / "curves.png").width > 100
+    best, last = load(out, "best.pt"), load(out)
+    assert set(best) < set(last) and len(last["log"]) == 2
+    assert best["settings"]["model"] == "resnet18"
+    assert best["settings"]["data"] == str(scenes().resolve())
+    made_by = last["made_by"]
+    assert made_by["command"][0] == "train.py" and "--class-weights" in made_by["command"]
+    assert made_by["torch"] == torch.__version__ and made_by["numpy"] == np.__version__
+    if (HERE / ".git").exists() and shutil.which("git"):
+        assert re.fullmatch("[0-9a-f]{40}", made_by["commit"])
+
+
+def test_best_is_the_best_epoch():
+    scores = iter((0.2, 0.5, 0.3))
+
+    def summarize(matrix):
+        return {**evaluation.summarize(matrix), "miou": next(scores)}
+
+    with mock.patch("train.summarize", summarize):
+        tiny_run(FOLDER / "best", "--epochs", "3")
+    best, last = load(FOLDER / "best", "best.pt"), load(FOLDER / "best")
+    assert best["epoch"] == 2 and best["miou"] == 0.5 and last["best_miou"] == 0.5
+    assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
+
+
+def test_no_run_is_overwritten():
+    before = (whole_run() / "last.pt").read_bytes()
+    assert "--resume" in raises(ValueError, tiny_run, whole_run())
+    assert (whole_run() / "last.pt").read_bytes() == before
+
+
+def test_a_full_or_read_only_disk_is_named_and_leaves_the_old_file():
+    path = FOLDER / "file"
+    path.write_text("old")
+    with mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")):
+        message = raises(OSError, train.write, b"new", path)
+    assert message.startswith(str(path)) and "No space left" in message
+    assert path.read_text() == "old" and not Path(f"{path}.part").exists()
+    error = OSError(30, "Read-only file system")
+    with (mock.patch("train.open", side_effect=error, create=True),
+          mock.patch.object(Path, "unlink", side_effect=error)):
+        message = raises(OSError, train.write, b"new", path)
+    assert message.startswith(str(path)) and "Read-only" in message
+
+
+def test_out_is_probed_before_anything_is_done():
+    error = OSError(30, "Read-only file system")
+    with (mock.patch("train.tempfile.TemporaryFile", side_effect=error),
+          mock.patch("train.join_processes") as join_processes):
+        message = raises(OSError, tiny_run, FOLDER / "probed")
+    assert "--out" in message and "Read-only" in message and not join_processes.called
+
+
+def test_a_locked_log_does_not_end_the_run():
+    original = os.replace
+
+    def replace(source, target):
+        if Path(target).name == "log.csv":
+            raise PermissionError(13, "in use by a spreadsheet")
+        original(source, target)
+
+    with mock.patch("os.replace", replace):
+        printed = tiny_run(FOLDER / "locked", "--epochs", "1")
+    assert "in use by a spreadsheet" in printed and load(FOLDER / "locked")["epoch"] == 1
+
+
+def test_losses_that_are_not_finite_name_step_and_files():
+    run = ready_run()
+    original, calls = run.loss_function, []
+
+    def loss_function(logits, target):
+        calls.append(1)
+        return original(logits, target) * (math.inf if len(calls) == 5 else 1)
+
+    run.loss_function = loss_function
+    message = raises(FloatingPointError, train.train, run)
+    assert "step 5 " in message and load(run.out)["step"] == 3
+    for item in train.epoch_batches(1, 6, 2, 0)[1]:
+        assert str(run.train_set.images[item - 6]) in message
+
+
+def test_weights_that_are_not_finite_are_not_saved():
+    run = ready_run()
+    next(run.model.parameters()).data[0] = math.nan
+    assert "weights are not finite" in raises(FloatingPointError, run.save)
+    assert not (run.out / "last.pt").exists()
+
+
+def test_float16_that_always_overflows_stops_the_run():
+    run = ready_run("--amp", "fp16")
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=1.5)
+    next(run.model.parameters()).register_hook(lambda gradient: gradient * math.inf)
+    assert "--amp off" in raises(FloatingPointError, train.train, run)
+
+
+def test_losses_are_read_every_ten_steps_and_saves_are_on_time():
+    """On a GPU, where reading a loss has to wait. No loss in between is lost."""
+    run = ready_run()
+    run.device = torch.device("cuda")
+    with mock.patch("train.time") as clock, mock.patch.object(run, "save_as") as save:
+        clock.monotonic.return_value = run.saved_at
+        for step in range(1, 25):
+            run.after_step(torch.tensor(1.0))
+            assert run.loss_sum == step // 10 * 10
+        assert not save.called
+        clock.monotonic.return_value += 60 * run.args.save_minutes + 1
+        run.after_step(torch.tensor(1.0))
+        assert save.called and run.loss_sum == 25
+
+
+# ------------------------------------------------------------------------- resume and signals
+
+
+def test_resume_after_an_error_is_exact():
+    out = FOLDER / "error"
+    with before_step(2):
+        raises(KeyError, tiny_run, out, "--loss", "ce+dice", "--save-minutes", "0")
+    assert 0 < load(out)["step"] <= 2               # as the clock wants
+    with before_step(5):                            # saved last at the end of the first epoch
+        raises(KeyError, tiny_resume, out, "--workers", "2", "--save-minutes", "9")
+    assert load(out)["step"] == 3
+    tiny_resume(out)
+    assert_same_run(whole_run(), out)
+
+
+def test_resume_after_a_signal_in_a_step_is_exact():
+    """Each signal is obeyed after the very step in which it comes."""
+    out = FOLDER / "signals"
+    with before_step(1, lambda: signal.raise_signal(signal.SIGTERM)):
+        status = raises(SystemExit, tiny_run, out, "--loss", "ce+dice", "--workers", "2")
+    assert status == str(128 + signal.SIGTERM) and load(out)["step"] == 2
+    with before_step(3, lambda: signal.raise_signal(signal.SIGUSR1)):
+        status = raises(SystemExit, tiny_resume, out, "--workers", "0")
+    assert status == str(128 + signal.SIGUSR1) and load(out)["step"] == 4
+    tiny_resume(out)
+    assert_same_run(whole_run(), out)
+
+
+def test_resume_after_a_signal_in_validation_is_exact():
+    """Only every second epoch is validated, so that the signal comes after the sixth step."""
+    whole, out = FOLDER / "whole-2", FOLDER / "validation"
+    tiny_run(whole, "--val-every", "2")
+
+    def evaluate(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluation.evaluate(*args, **options)
+
+    with mock.patch("train.evaluate", evaluate):
+        raises(SystemExit, tiny_run, out, "--val-every", "2")
+    assert load(out)["step"] == 6 and load(out)["epoch"] == 1
+    tiny_resume(out)
+    assert_same_run(whole, out)
+    assert [row["miou"] is None for row in load(out)["log"]] == [True, False]
+
+
+def test_resume_in_float16_restores_the_scaler():
+    run = ready_run("--amp", "fp16")
+    state = {**run.scaler.state_dict(), "scale": 8.0, "_growth_tracker": 5}
+    run.scaler.load_state_dict(state)
+    run.save()
+    with mock.patch("train.train") as begin:
+        tiny_resume(run.out)
+    assert begin.call_args.args[0].scaler.state_dict() == state
+
+
+def test_the_same_command_restarts_a_killed_run():
+    """--resume without a value, and SIGKILL soon after a save: starts, continues, does nothing."""
+    out, saved = FOLDER / "killed", None
+    for delay in 0, 0.03:
+        process = launch(out, "--resume", pause=0)
+        saved = wait_for_save(process, out, saved)
+        time.sleep(delay)
+        process.kill()
+        finish(process)
+    assert load(out)["step"] < 6
+    command = out, "--loss", "ce+dice", "--save-minutes", "0", "--resume"
+    tiny_run(*command)
+    assert_same_run(whole_run(), out)
+    with before_step(6):                            # there is none
+        assert "best validation" in tiny_run(*command)
+    assert_same_run(whole_run(), out)
+
+
+def test_sigterm_to_the_group_saves_the_run():
+    out = FOLDER / "group"
+    process = launch(out, "--workers", "2")
+    wait_for_save(process, out)
+    sent = time.monotonic()
+    while process.poll() is None and time.monotonic() < sent + 1.5:
+        os.killpg(process.pid, signal.SIGTERM)      # to the data workers as well, and repeatedly
+        time.sleep(0.005)
+    printed = finish(process)
+    assert process.returncode == 143, printed
+    assert f"python train.py --resume {out}/last.pt" in printed and "Traceback" not in printed
+    assert 0 < load(out)["step"] < 6
+    tiny_resume(out)
+    assert_same_run(whole_run(), out)
+
+
+def test_two_processes():
+    """torchrun: SIGINT saves, resume is exact, eval.py agrees, one process can continue."""
+    out, whole = FOLDER / "two", FOLDER / "two-whole"
+    undisturbed = launch(whole, processes=2)
+    process = launch(out, processes=2)
+    wait_for_save(process, out)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = finish(process)
+    assert process.returncode != 0 and load(out)["epoch"] < 2
+    assert printed.count("continue with: python train.py --resume") == 1, printed
+    printed = finish(launch(out, "--resume", pause=0, processes=2))
+    for text in "resnet18, loss", "epoch 2/2", "best validation":
+        assert printed.count(text) == 1, printed    # rank 0 alone speaks
+    finish(undisturbed)
+    assert_same_run(whole, out)
+    with mock.patch.object(evaluation, "build_model", tiny):
+        scored, = run_eval("--ckpt", out / "last.pt", "--out", FOLDER / "two-eval")
+    for key in "miou", "mean_dice", "pixel_accuracy":
+        close(scored[key], load(out)["log"][-1][key], 1e-9)
+    tiny_resume(out, "--epochs", "3")
+    assert load(out)["step"] == 9
+
+
+def test_a_bug_ends_every_process():
+    process = launch(FOLDER / "bug", "--workers", "2", pause="no number, so that sleep fails")
+    printed = finish(process)                       # no data worker remains
+    assert process.returncode == 1 and "TypeError" in printed
+
+
+def test_a_second_signal_within_two_seconds_is_the_same_request():
+    stop = train.StopSignals()
+    with mock.patch("train.time") as clock:
+        for now in 100, 100.5, 101.9:
+            clock.monotonic.return_value = now
+            stop.receive(signal.SIGTERM, None)
+        assert stop.requested and stop.number == signal.SIGTERM
+        clock.monotonic.return_value = 102.1
+        raises(KeyboardInterrupt, stop.receive, signal.SIGTERM, None)
+
+
+@mock.patch("train.build_model", tiny)
+def test_resume_refuses_what_would_change_the_run():
+    last = whole_run() / "last.pt"
+    for wrong in ("--lr 1", "--loss ce", "--seed 1", "--crop 96 96", "--model resnet34",
+                  "--batch 3", "--out elsewhere", "--epochs 1"):
+        status, line = command_line_of(train, "--resume", last, *wrong.split())
+        assert status == 2 and wrong.split()[0] in line and line.count("\n") == 1, line
+    status, line = command_line_of(train, "--resume", whole_run() / "best.pt")
+    assert status == 2 and "last.pt" in line and "--init" in line
+
+
+def test_resume_accepts_another_spelling_of_out_and_more_epochs():
+    out = FOLDER / "longer"
+    tiny_run(out, "--epochs", "1")
+    spelled = str(out / ".." / "longer")
+    printed = tiny_resume(out, "--epochs", "2", "--out", spelled, "--amp", "bf16")
+    assert "--epochs" in printed and "learning rate" in printed and load(out)["epoch"] == 2
+
+
+def test_broken_checkpoints_are_one_line():
+    last, path = load(whole_run()), FOLDER / "broken" / "last.pt"
+    path.parent.mkdir()
+    for change, part in (({"batch": 0}, "--batch"), ({"workers": 10**6 + 1}, "--workers"),
+                         ({"data": None}, path), ({"loss": None}, path), ({"model": 7}, path),
+                         ({"model": "resnet34"}, "resnet34")):
+        torch.save({**last, "settings": {**last["settings"], **change}}, path)
+        status, line = command_line_of(train, "--resume", path)
+        assert status == 2 and line.count("\n") == 1 and str(part) in line, line
+    torch.save({**last, "frames": 7}, path)
+    status, line = command_line_of(train, "--resume", path)
+    assert status == 2 and "has 6 training frames" in line and "7" in line, line
+    torch.save({**last, "label_to_train": [0] * 256}, path)
+    status, line = command_line_of(train, "--resume", path)
+    assert status == 2 and "LABEL_TO_TRAIN" in line, line
+    del last["settings"]["loss"]
+    torch.save(last, path)
+    for module, option in (train, "--resume"), (evaluation, "--ckpt"):
+        status, line = command_line_of(module, option, path)
+        assert status == 2 and line.count("\n") == 1 and str(path) in line, line
+
+
+def test_resume_does_not_download():
+    out = FOLDER / "pretrained"
+    with mock.patch("train.build_model", side_effect=tiny) as build_model:
+        small_run(out, "--epochs", "1", "--pretrained")
+        resume(out, "--epochs", "2")
+    assert [call.args[2] for call in build_model.call_args_list] == [True, False]
+
+
+# ------------------------------------------------------------------------- processes and GPUs
+
+
+def test_each_process_selects_its_gpu_first():
+    calls = []
+    with (mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}),
+          mock.patch("torch.cuda.is_available", lambda: True),
+          mock.patch("torch.cuda.set_device", lambda device: calls.append(("select", device))),
+          mock.patch("torch.zeros", lambda *size, device: calls.append(("use", device))),
+          mock.patch("train.dist.init_process_group",
+                     lambda backend, device_id: calls.append((backend, device_id)))):
+        device = train.join_processes(mock.Mock(device="auto"))
+    assert device == torch.device("cuda:1")
+    assert calls == [("select", device), ("use", device), ("cpu:gloo,cuda:nccl", device)]
+
+
+def test_incomplete_variables_of_torchrun():
+    args = mock.Mock(device="cpu")
+    with mock.patch.dict(os.environ, {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}):
+        assert train.join_processes(args) == torch.device("cpu")
+    with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}):
+        assert "torchrun" in raises(ValueError, train.join_processes, args)
+
+
+def test_batch_norm_is_synchronized_on_gpus():
+    for is_cuda in True, False:
+        model = mock.Mock()
+        model.parameters.side_effect = lambda: iter([mock.Mock(is_cuda=is_cuda)])
+        with (as_rank(0), mock.patch("torch.nn.parallel.DistributedDataParallel") as parallel,
+              mock.patch("torch.nn.SyncBatchNorm.convert_sync_batchnorm") as convert):
+            assert train.wrap_network(model, mock.Mock(compile=False)) is parallel.return_value
+        assert parallel.call_args.args[0] is (convert.return_value if is_cuda else model)
+
+
+def test_batch_norm_averages_are_rank_0s_in_validation():
+    run = ready_run()
+    with as_rank(1) as dist, mock.patch("train.evaluate") as evaluate:
+        evaluate.side_effect = KeyError             # all are sent before
+        raises(KeyError, run.validate)
+    sent = [(id(call.args[0]), call.args[1]) for call in dist.broadcast.call_args_list]
+    assert sent == [(id(buffer), 0) for buffer in run.model.buffers()] and len(sent) > 10
+
+
+def test_from_rank_0_calls_once_and_broadcasts():
+    def broadcast(objects, source):
+        assert source == 0
+        sent.append(objects[0])
+        objects[0] = "received"
+
+    function, sent = mock.Mock(return_value="result"), []
+    for number in range(2):
+        with as_rank(number) as dist:
+            dist.broadcast_object_list.side_effect = broadcast
+            assert train.from_rank_0(function) == "received"
+    assert sent == ["result", None] and function.call_count == 1
+
+
+def test_losses_are_averaged_over_ranks():
+    run = ready_run()
+    run.losses = [torch.tensor(1.0), torch.tensor(2.0)]
+    with as_rank(0) as dist:
+        dist.all_reduce.side_effect = lambda losses: losses.add_(torch.tensor([3.0, 6.0]))
+        run.check_losses()
+    assert run.loss_sum == (1 + 3) / 2 + (2 + 6) / 2
+
+
+def answer(tensor, *operation):
+    """An all_reduce(MAX) in which another rank was asked to stop."""
+    if tensor.ndim == 0:
+        tensor.fill_(1)
+
+
+def test_ranks_stop_together_in_training():
+    """A rank that was asked tells the others; one that was not asked stops with them."""
+    run = ready_run()
+    run.stop.requested = True
+    with as_rank(0) as dist:
+        raises(train.Stopped, run.after_step, torch.tensor(1.0))
+        assert dist.all_reduce.call_args_list[0].args[0] == 1
+        assert dist.barrier.called                      # no rank ends before the file is written
+    run = ready_run()
+    with as_rank(0) as dist:
+        run.after_step(torch.tensor(1.0))
+        dist.all_reduce.side_effect = answer
+        raises(train.Stopped, run.after_step, torch.tensor(1.0))
+    assert load(run.out)["step"] == 2
+
+
+def test_ranks_stop_together_in_validation():
+    """Rank 0 has two of three frames, rank 1 has one: they ask each other once."""
+    run = ready_run()
+    with as_rank(0) as dist:
+        run.validate()
+        assert dist.all_reduce.call_count == 2          # the question, and the matrix
+        dist.all_reduce.side_effect = answer
+        raises(train.Stopped, run.validate)
+
+
+def test_default_workers_share_the_usable_cores():
+    def workers(processes, quota):
+        with (mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": processes}),
+              mock.patch("os.sched_getaffinity", lambda pid: set(range(12)), create=True),
+              mock.patch.object(Path, "read_text", lambda path: quota)):
+            return evaluation.default_workers(torch.device("cuda"))
+
+    assert workers("", "max 100000") == 8 and workers("2", "max 100000") == 6
+    assert workers("2", "600000 100000") == 3 and workers("64", "600000 100000") == 1
+    assert evaluation.default_workers(torch.device("cpu")) == 0
+
+
+def test_precisions():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for has_bf16, dtype in (True, torch.bfloat16), (False, torch.float16):
+        with mock.patch("torch.cuda.is_bf16_supported", lambda **options: has_bf16):
+            assert evaluation.pick_amp("auto", cuda) == dtype
+            if not has_bf16:
+                assert "--amp auto" in raises(ValueError, evaluation.pick_amp, "bf16", cuda)
+    for has_amx, dtype in (True, torch.bfloat16), (False, None):
+        with mock.patch("torch.cpu.get_capabilities", create=True) as capabilities:
+            capabilities.return_value = {"amx_bf16": has_amx}
+            assert evaluation.pick_amp("auto", cpu) == dtype
+    for name, dtype in ("bf16", torch.bfloat16), ("fp16", torch.float16), ("off", torch.float32):
+        with evaluation.autocast(cpu, evaluation.pick_amp(name, cpu)):
+            assert torch.nn.Linear(2, 2)(torch.ones(1, 2)).dtype == dtype
+
+
+def test_on_a_gpu():
+    if not torch.cuda.is_available():
+        print("test_on_a_gpu: skipped, there is no GPU", file=sys.stderr)
+        return
+    for amp in "bf16", "fp16":
+        out = FOLDER / f"gpu-{amp}"
+        gpu = "--device", "cuda", "--amp", amp
+        with before_step(4, lambda: signal.raise_signal(signal.SIGTERM)):
+            raises(SystemExit, small_run, out, *gpu, "--workers", "2", "--epochs", "4")
+        assert load(out)["step"] == 5
+        rows = resume(out)
+        assert rows[-1]["loss"] < rows[0]["loss"] and 0.01 < rows[-1]["gpu_gib"] < 4
+        assert ("scale" in load(out)["scaler"]) == (amp == "fp16")
+        options = "--ckpt", str(out / "last.pt"), "--out", str(out / "eval")
+        scored, = evaluation.main([*options, *gpu])
+        close(scored["miou"], rows[-1]["miou"], 0.01, 0.001)
+
+
+# ------------------------------------------------------------------------- the command line
+
+
+def test_bad_options_and_files_are_one_line():
+    out, best = FOLDER / "refused", checkpoint() / "best.pt"
+    junk, cut, hostile, other = [FOLDER / f"bad-{i}.pt" for i in range(4)]
+    junk.write_text("not a checkpoint")
+    cut.write_bytes(best.read_bytes()[:100_000])
+    torch.save({"model": Hostile(), "settings": {}}, hostile)
+    saved = load(checkpoint(), "best.pt")
+    saved["settings"]["model"] = "resnet34"
+    torch.save(saved, other)
+    new = ["--data", scenes(), "--out", out, *SMALL]
+    table = [
+        (train, [*new, "--resume", junk], junk),
+        (train, [*new, "--resume", hostile], hostile),
+        (train, [*new, "--data", FOLDER], "leftImg8bit_trainvaltest.zip"),
+        (train, [*new, "--model", "convunext", "--pretrained"], "--no-pretrained"),
+        (train, [*new, "--model", "resnet34", "--init", best], "of resnet18, do not fit"),
+        (evaluation, [], "best.pt"),
+        (evaluation, ["--ckpt", junk], junk),
+        (evaluation, ["--ckpt", cut], cut),
+        (evaluation, ["--ckpt", other], f"{other}: its weights, of resnet34, do not fit"),
+        (evaluation, ["--ckpt", hostile], hostile),
+        (evaluation, ["--ckpt", "missing.pt"], "missing.pt"),
+        (evaluation, ["--ckpt", best, "--split", "validation"], "leftImg8bit/validation"),
+        (evaluation, ["--ckpt", best, "--images", FOLDER / "none"], FOLDER / "none"),
+        (evaluation, ["--ckpt", best, best, "--labels-out", out], "--labels-out"),
+        (evaluation, ["--ckpt", best, "--panels", "0"], "--panels")]
+    for option in ("--epochs 0", "--epoch 2", "--batch -1", "--batch 7", "--lr nan", "--lr 0",
+                   "--crop 32 32", "--copyblob 1.5", "--workers -1", "--workers 1001",
+                   "--seed x", "--scale 0 1", "--scale 2 1", "--loss mse", "--model vgg",
+                   "--color red", "--device cuda:99", f"--pretrained --init {best}"):
+        table.append((train, [*new, *option.split()], option.split()[0]))
+    for module, options, part in table:
+        status, line = command_line_of(module, *options)
+        assert status == 2 and line.count("\n") == 1, (options, line)
+        assert line.startswith(f"{Path(module.__file__).name}: error: "), line
+        assert str(part) in line, (options, line)
+    assert not (out / "last.pt").exists() and not (FOLDER / "owned").exists()
+
+
+def test_data_is_the_option_else_the_variable_else_scenes():
+    for option, variable, expected in (("/a", "/b", "/a"), (None, "/b", "/b"),
+                                       (None, "", str(Path("scenes").resolve()))):
+        args = mock.Mock(data=option)
+        with (mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": variable}),
+              mock.patch("train.make_scenes") as make_scenes):
+            train.prepare_data(args)
+        assert args.data == expected and make_scenes.called == (variable == "")
+
+
+def test_command_line_explains_errors():
+    def ending(error):
+        return command_line_of(mock.Mock(__file__="x.py", main=mock.Mock(side_effect=error)))
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is "
+                               "possible that dataloader's workers are out of shared memory.")):
+        status, line = ending(error)
+        assert status == 2 and "--workers" in line and "--batch" in line
+    in_a_worker = ValueError("Traceback ...\nOSError: x.png is broken")
+    assert ending(in_a_worker) == (2, "x.py: error: x.png is broken\n")
+    assert ending(KeyboardInterrupt()) == (130, "")
+    for bug in KeyError("bug"), RuntimeError("bug"):
+        raises(type(bug), evaluation.command_line, mock.Mock(side_effect=bug))
+
+
+# ------------------------------------------------------------------------- eval
 
 
 def test_eval_by_its_own_predictions():
-    """Score the labelIds PNGs that eval.py wrote with loops, and compare with its metrics.json."""
+    """Score the PNGs that eval.py wrote in loops, and compare with its metrics.json."""
     out, predictions = FOLDER / "eval", FOLDER / "predictions"
     run_eval("--ckpt", checkpoint() / "best.pt", "--out", out, "--labels-out", predictions)
     result = json.loads((out / "metrics.json").read_text())
+    label_ids = [c.label_id for c in data.CLASSES]
+    both, either = np.zeros(34), np.zeros(34)
     truths = sorted((scenes() / "gtFine" / "val").rglob("*_labelIds.png"))
-    tp, union = np.zeros(34), np.zeros(34)
     for path in truths:
         frame = path.name.removesuffix("_gtFine_labelIds.png")
         truth = np.array(Image.open(path))
         guess = np.array(Image.open(predictions / f"{frame}_pred_labelIds.png"))
         assert truth.shape == guess.shape
-        counted = np.isin(truth, [c.label_id for c in data.CLASSES])
-        for c in data.CLASSES:
-            t, g = (truth == c.label_id) & counted, (guess == c.label_id) & counted
-            tp[c.label_id] += (t & g).sum()
-            union[c.label_id] += (t | g).sum()
+        counted = np.isin(truth, label_ids)
+        for i in label_ids:
+            both[i] += (counted & (truth == i) & (guess == i)).sum()
+            either[i] += (counted & ((truth == i) | (guess == i))).sum()
     for c in data.CLASSES:
-        expected = tp[c.label_id] / union[c.label_id] if union[c.label_id] else None
-        got = result["classes"][c.name]["iou"]
-        assert got == expected or abs(got - expected) < 1e-9, c.name
-    pixels = sum(c["pixels"] for c in result["classes"].values())
-    assert sum(map(sum, result["confusion_matrix"])) == pixels
+        iou = result["classes"][c.name]["iou"]
+        if either[c.label_id] == 0:
+            assert iou is None, c.name
+        else:
+            close(iou, both[c.label_id] / either[c.label_id], 1e-9)
     assert result["images"] == len(truths) == 3 and result["settings"]["model"] == "resnet18"
-    assert abs(result["miou"] - result["settings"]["val_miou"]) < 1e-6
-    assert (out / "confusion.png").exists() and len(list(out.glob("panel_*.png"))) == 3
+    close(result["miou"], result["settings"]["val_miou"])
+    assert (out / "confusion.png").exists() and (out / "curves.png").exists()
+    assert len(list(out.glob("panel_*.png"))) == 3
 
 
-def test_eval_other_uses():
-    best = checkpoint() / "best.pt"
-    other = FOLDER / "other"
-    other.mkdir(exist_ok=True)
-    (other / "best.pt").write_bytes(best.read_bytes())
+def test_several_checkpoints():
     out = FOLDER / "several"
-    first, second = run_eval("--ckpt", best, other / "best.pt", "--out", out)
-    assert first["miou"] == second["miou"] and (out / "comparison.png").exists()
-    assert (out / "run" / "metrics.json").exists() and (out / "other" / "metrics.json").exists()
-    tta, = run_eval("--ckpt", best, "--tta", "--out", FOLDER / "tta")
-    assert tta["tta"] and tta["confusion_matrix"] != first["confusion_matrix"]
-
-    pictures = FOLDER / "pictures"
-    pictures.mkdir(exist_ok=True)
-    for mode, size in (("L", (40, 30)), ("RGBA", (33, 17)), ("RGB", (50, 20))):
-        Image.new(mode, size, 128 if mode == "L" else "red").save(pictures / f"{mode}.png")
-    run_eval("--ckpt", best, "--images", pictures, "--out", FOLDER / "looks")
-    for mode, size in (("L", (40, 30)), ("RGBA", (33, 17)), ("RGB", (50, 20))):
-        for kind in ("color", "overlay"):
-            assert Image.open(FOLDER / "looks" / f"{mode}_{kind}.png").size == size
-    for name in ("L.k.png", "L.tif"):                   # the latter would replace what L.png gave
-        Image.new("L", (9, 9)).save(pictures / name)
-    assert "L.tif" in raises(ValueError, run_eval, "--ckpt", best, "--images", pictures)
-
-    test = write_tree(FOLDER / "test-split", np.zeros((30, 40), np.uint8), split="test")
-    run_eval("--ckpt", best, "--data", test, "--split", "test", "--labels-out", FOLDER / "t",
-             "--out", FOLDER / "te")
-    labels = np.array(Image.open(FOLDER / "t" / "ulm_000000_000001_pred_labelIds.png"))
-    assert labels.shape == (30, 40) and set(np.unique(labels)) <= {c.label_id for c in data.CLASSES}
-    assert not (FOLDER / "te" / "metrics.json").exists()
+    for name in "one", "two":
+        (out / name).mkdir(parents=True)
+        shutil.copy(checkpoint() / "best.pt", out / name)
+    first, second = run_eval("--ckpt", out / "one/best.pt", out / "two/best.pt", "--out", out)
+    assert first["confusion_matrix"] == second["confusion_matrix"]
+    for name in "comparison.png", "curves.png", "one/metrics.json", "two/metrics.json":
+        assert (out / name).exists(), name
 
 
 def test_tta_undoes_its_flips():
-    """A network that looks at one pixel only predicts the same, but where resizing blends."""
-    model = torch.nn.Conv2d(3, 19, 1)
+    """A network that looks at single pixels predicts the same, except where resizing mixes."""
     images = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
     images = images.repeat_interleave(8, 2).repeat_interleave(8, 3)
-    same = evaluation.predict(model, images) == evaluation.predict(model, images, tta=True)
-    assert same.float().mean() > 0.8
+    model = torch.nn.Conv2d(3, 19, 1)
+    plain = evaluation.predict(model, images)
+    assert (evaluation.predict(model, images, tta=True) == plain).float().mean() > 0.8
 
 
-# ----------------------------------------------------------------------------------- README
+def test_tta_sees_three_scales_and_their_flips():
+    def model(x):
+        seen.append(x)
+        return torch.zeros(1, 19, *x.shape[-2:])
+
+    seen, images = [], torch.randint(0, 256, (1, 3, 40, 80), dtype=torch.uint8)
+    evaluation.predict(model, images, tta=True)
+    assert sorted(x.shape[2:] for x in seen[::2]) == [(30, 60), (40, 80), (50, 100)]
+    for x, flipped in zip(seen[::2], seen[1::2]):
+        assert torch.equal(x, flipped.flip(3))
 
 
-def commands():
-    """Every command of README.md that runs a file of the project."""
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.search(r"\b(train|eval|test_all)\.py", line)]
+def test_predictions_are_the_argmax_of_float32_logits():
+    """Rebuild them from the bfloat16 output of the last layer, before it is enlarged."""
+    model, small = tiny("").eval(), []
+    model.head.register_forward_hook(lambda layer, inputs, output: small.append(output))
+    images = torch.randint(0, 256, (1, 3, 64, 128), dtype=torch.uint8)
+    prediction = evaluation.predict(model, images, torch.bfloat16)
+    assert small[0].dtype == torch.bfloat16
+    logits = F.interpolate(small[0].float(), (64, 128), mode="bilinear")
+    assert torch.equal(prediction, logits.argmax(dim=1).byte())
+
+
+def test_error_picture():
+    image = np.full((1, 3, 3), 90, np.uint8)
+    label, prediction = np.uint8([[4, 4, 255]]), np.uint8([[4, 5, 4]])
+    picture = evaluation.error_picture(image, label, prediction)
+    assert picture.tolist() == [[[30, 30, 30], [255, 40, 40], [0, 0, 0]]]   # right wrong ignored
+
+
+def test_very_wide_frames_are_drawn():
+    for height, width in (4, 700), (1, 1000):
+        label = np.zeros((height, width), np.uint8)
+        image = np.zeros((height, width, 3), np.uint8)
+        assert evaluation.panel((image, label, label)).width > 4 * 400
+
+
+def test_photos_of_any_kind():
+    """A broken photo is skipped and told, and the exit status is 2."""
+    folder, out, best = FOLDER / "photos", FOLDER / "photos-out", checkpoint() / "best.pt"
+    folder.mkdir()
+    sizes = {"L": (40, 30), "RGBA": (33, 17), "RGB": (50, 20)}
+    for mode, size in sizes.items():
+        Image.new(mode, size).save(folder / f"{mode}.png")
+    (folder / "LA.png").write_bytes(b"broken")
+    status, told = command_line_of(
+        evaluation, "--ckpt", best, "--images", folder, "--out", out, "--device", "cpu")
+    assert status == 2 and str(folder / "LA.png") in told
+    for mode, size in sizes.items():
+        for kind in "color", "overlay":
+            assert Image.open(out / f"{mode}_{kind}.png").size == size
+    run_eval("--ckpt", best, "--images", folder / "RGB.png", "--out", out / "one")
+    assert sorted(p.name for p in (out / "one").iterdir()) == ["RGB_color.png", "RGB_overlay.png"]
+    Image.new("L", (9, 9)).save(folder / "L.tif")   # its results would replace those of L.png
+    assert "named L," in raises(ValueError, run_eval, "--ckpt", best, "--images", folder)
+
+
+def test_large_photos_are_predicted_at_a_reduced_size():
+    """At most at the size of the training's frames, 128 x 256; the labels have the photo's size."""
+    Image.new("RGB", (1000, 400)).save(FOLDER / "large.png")
+    options = "--ckpt", checkpoint() / "best.pt", "--images", FOLDER / "large.png"
+    for tta in [], ["--tta"]:
+        with mock.patch.object(evaluation, "normalize", wraps=data.normalize) as normalize:
+            run_eval(*options, "--out", FOLDER, *tta)
+        n, channels, height, width = normalize.call_args.args[0].shape
+        limit = 128 * 256 / (1.25**2 if tta else 1)
+        assert 0.97 < height * width / limit < 1.03 and abs(width / height - 2.5) < 0.05
+        assert Image.open(FOLDER / "large_color.png").size == (1000, 400)
+
+
+def test_splits_with_and_without_labels():
+    best = checkpoint() / "best.pt"
+    root = write_tree(FOLDER / "splits", np.full((30, 40), 7, np.uint8), split="test")
+    for name in "labels", "no-labels":
+        out = FOLDER / name
+        run_eval("--ckpt", best, "--data", root, "--split", "test", "--out", out,
+                 "--labels-out", out)
+        prediction = Image.open(out / "ulm_000000_000001_pred_labelIds.png")
+        assert prediction.size == (40, 30)
+        assert set(prediction.get_flattened_data()) <= {c.label_id for c in data.CLASSES}
+        assert (out / "metrics.json").exists() == (name == "labels")
+        shutil.rmtree(root / "gtFine", ignore_errors=True)
+
+
+def test_frames_of_one_name_in_two_cities_are_refused():
+    label, best = np.full((8, 8), 7, np.uint8), checkpoint() / "best.pt"
+    for city in "ulm", "bonn":
+        root = write_tree(FOLDER / "cities", label, split="val", city=city)
+    assert "ulm_000000_000001" in raises(ValueError, run_eval, "--ckpt", best, "--data", root)
+
+
+def test_moved_data_is_found():
+    best, moved, out = load(checkpoint(), "best.pt"), FOLDER / "moved.pt", FOLDER / "moved"
+    best["settings"]["data"] = "/moved"
+    torch.save(best, moved)
+    with mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": ""}):
+        assert "--data" in raises(FileNotFoundError, run_eval, "--ckpt", moved)
+        by_option, = run_eval("--ckpt", moved, "--data", scenes(), "--out", out)
+    with mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": str(scenes())}):
+        by_variable, = run_eval("--ckpt", moved, "--out", out)
+    assert by_option["confusion_matrix"] == by_variable["confusion_matrix"]
+
+
+# ------------------------------------------------------------------------- README
+
+
+def readme_commands():
+    """The words of every command of README.md that runs a file of the project."""
+    commands = []
+    for block in re.findall(r"```(?:sh|bash)\n(.*?)```", (HERE / "README.md").read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            if re.search(r"\b(train|eval|test_all)\.py", line):
+                commands.append(shlex.split(line, comments=True))
+    return commands
 
 
 def test_readme_options_exist():
-    lines = commands()
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line)
-        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        module = {"train.py": train, "eval.py": evaluation}.get(words[at])
-        if module:                                      # argparse exits on what it does not know
-            with mock.patch.object(train, "load_checkpoint", lambda path: {"settings": {}}):
-                module.parse_args(words[at + 1:])
-        assert (HERE / words[at]).exists(), line
+    assert len(readme_commands()) >= 3
+    for words in readme_commands():
+        script, = [word for word in words if word.endswith(".py")]
+        options = words[words.index(script) + 1:]
+        assert (HERE / script).exists(), words
+        with mock.patch("train.load_checkpoint", return_value={"settings": {}}):
+            if script == "train.py":
+                train.parse_args(options)           # exits where an option does not exist
+            if script == "eval.py":
+                evaluation.parse_args(options)
 
 
 def test_readme_main_commands_run():
     folder = FOLDER / "newcomer"
-    folder.mkdir()
     shutil.copytree(scenes(), folder / "scenes")
-    environment = {k: v for k, v in os.environ.items() if k != "CITYSCAPES_DATASET"}
-
-    def run(script, *options):
-        return subprocess.run([sys.executable, str(HERE / script), *options], cwd=folder,
-                              env=environment, capture_output=True, text=True)
-
-    for line, budget in zip(commands()[:2], ("--epochs 1 --crop 32 32", "--panels 1")):
-        script, *options = shlex.split(line)[1:]
-        result = run(script, *options, *budget.split())
+    environment = {**os.environ, "CITYSCAPES_DATASET": "", "OMP_NUM_THREADS": "1"}
+    train_words, eval_words = readme_commands()[:2]
+    for words, budget in ((train_words, ["--epochs", "1", "--crop", "64", "64"]),
+                          (eval_words, ["--panels", "1"])):
+        command = [sys.executable, str(HERE / words[1]), *words[2:], *budget]
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True,
+                                text=True)
         assert result.returncode == 0, result.stderr
-        if script == "train.py":
-            assert result.stdout.startswith("GENERATED SCENES"), result.stdout
-            again = run(script)                         # refuses, in one line
-            assert again.returncode == 2 and again.stderr.count("\n") == 1, again.stderr
-    for name in ("best.pt", "last.pt", "log.csv", "eval/metrics.json", "eval/confusion.png"):
+        if words is train_words:
+            assert result.stdout.startswith("GENERATED SCENES")
+    for name in "best.pt", "last.pt", "log.csv", "curves.png", "eval/metrics.json":
         assert (folder / name).exists(), name
 
 
 if __name__ == "__main__":
-    tests = [(name, f) for name, f in list(globals().items()) if name.startswith("test_")]
-    failed = 0
+    tests = [(name, test) for name, test in globals().items() if name.startswith("test_")]
+    passed, failed = 0, 0
     for name, test in tests:
-        start, output, result = time.time(), io.StringIO(), "ok  "
+        start, output = time.monotonic(), io.StringIO()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else a stopped run's
         try:
             with contextlib.redirect_stdout(output):
                 test()
-        except Exception:
-            result = "FAIL"
+            passed += 1
+            result = "ok  "
+        except (Exception, SystemExit):
             failed += 1
+            result = "FAIL"
             print(output.getvalue(), traceback.format_exc())
-        print(f"{result}  {time.time() - start:5.1f} s  {name}", flush=True)
-    print(f"{len(tests) - failed} passed, {failed} failed")
-    sys.exit(bool(failed))
+        print(f"{result}  {time.monotonic() - start:5.1f} s  {name}", flush=True)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)

@@ -1,13 +1,14 @@
-"""Train a U-Net on Cityscapes, or on generated street scenes where there is no Cityscapes.
+"""Train a U-Net on Cityscapes, or on generated street scenes if there is no Cityscapes.
 
     python train.py --loss ce                             # anywhere
-    python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice --copyblob 0.5
-    torchrun --nproc_per_node=4 train.py --data /data/cityscapes --batch 32      # 4 GPUs
-    python train.py --resume last.pt                      # go on where it stopped
+    python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice --copyblob
+    torchrun --nproc_per_node=4 train.py --data /data/cityscapes --batch 32     # on 4 GPUs
+    python train.py --resume last.pt                      # continue a run that was stopped
 
-Writes best.pt (the weights of the best validation mIoU, for eval.py), last.pt (all that --resume
-needs) and log.csv (a row an epoch) into --out. The frames, crops and random numbers of a step
-follow from (seed, step) alone, so a run that was killed and resumed ends like one that was not.
+Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
+--resume needs; log.csv, one row for each epoch; curves.png, a picture of it. The frames, crops and
+random numbers of a step follow from (seed, step) alone, so that a run that was stopped and
+resumed ends like one that was not.
 """
 import argparse
 import contextlib
@@ -15,218 +16,369 @@ import csv
 import io
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":                          # Ctrl-C during the imports: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from data import (CLASSES, SCENES_MARK, Cityscapes, class_pixels, class_weights, leave_ctrl_c,
-                  make_scenes, normalize)
-from eval import (autocast, command_line, evaluate, load_checkpoint, pick_amp, pick_device,
-                  summarize, within)
+from data import (CLASSES, LABEL_TO_TRAIN, SCENES_MARK, Cityscapes, class_pixels, class_weights,
+                  make_loader, make_scenes, normalize)
+from eval import (autocast, command_line, curves_picture, default_workers, evaluate, is_rank_0,
+                  load_checkpoint, load_weights, number_in, pick_amp, pick_device, summarize)
 from losses import LOSSES, build_loss
-from unet import ENCODERS, MODELS, build_model
+from unet import MODELS, SPECS, build_model
 
-RANK, WORLD = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun's
+# ----------------------------------------------------------------------------------- defaults
 
-
-def say(words):
-    """Print once, not once a process."""
-    if RANK == 0:
-        print(words, flush=True)
-
-
-@contextlib.contextmanager
-def rank_0_first():
-    """What one process writes (scenes, counts, a download), the others then find."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD > 1:
-        dist.barrier()
-
-
-# --------------------------------------------------------------------------------- settings
-
-MAY_CHANGE = "data", "epochs", "workers", "device", "amp", "compile", "save_minutes"    # on resume
-
-
-def parse_args(argv=None):
-    """The command line of train.py. With --resume, what is not given is as it was."""
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    count = within(1, 10**6, int)
-    p.add_argument("--data", help="Cityscapes' root (default: $CITYSCAPES_DATASET, else scenes)")
-    p.add_argument("--model", choices=MODELS, help="default resnet34; for the scenes resnet18")
-    p.add_argument("--loss", choices=LOSSES, default="ce")
-    p.add_argument("--class-weights", choices=["none", "enet", "median"], default="none")
-    p.add_argument("--copyblob", type=within(0, 1), default=0.0, metavar="P",
-                   help="probability of pasting a rare class into a training frame (default 0)")
-    p.add_argument("--epochs", type=count)
-    p.add_argument("--batch", type=count, help="frames a step, over all GPUs together")
-    p.add_argument("--crop", type=count, nargs=2, metavar=("H", "W"))
-    p.add_argument("--scale", type=within(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
-                   help="range of the random enlargement before the crop")
-    p.add_argument("--optimizer", choices=["sgd", "adamw"], help="default sgd; ConvNeXt adamw")
-    p.add_argument("--lr", type=within(1e-9, 1e3),
-                   help="peak rate (default: sgd 0.0015 x batch, for the scenes 0.05; adamw 1e-3)")
-    p.add_argument("--encoder-lr", type=within(0, 1e3),
-                   help="factor on --lr for a pretrained encoder (default: sgd 0.5, adamw 0.1)")
-    p.add_argument("--weight-decay", type=within(0, 1e3), help="default: sgd 5e-4, adamw 0.01")
-    p.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
-                   help="ImageNet weights (default: for real frames, where there are any)")
-    p.add_argument("--workers", type=within(0, 1000, int), help="processes that load data")
-    p.add_argument("--seed", type=within(0, 2**31, int), default=0)
-    p.add_argument("--device", default="auto", help="cuda, mps or cpu (default: the best at hand)")
-    p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                   help="torch.compile the network")
-    p.add_argument("--save-minutes", type=within(0, 1e6), default=5.0,
-                   help="write last.pt this often within an epoch, too (default 5)")
-    p.add_argument("--out", type=os.path.normpath, default=".",
-                   help="folder for best.pt, last.pt, log.csv (default .)")
-    p.add_argument("--resume", metavar="LAST_PT", help="go on with the run of this last.pt")
-    args = p.parse_args(argv)
-    if args.scale and args.scale[0] > args.scale[1]:
-        p.error("--scale: MIN is more than MAX")
-    if args.resume:
-        saved = load_checkpoint(args.resume)["settings"]
-        saved = {**saved, "out": str(Path(args.resume).parent), "resume": args.resume}
-        p.set_defaults(**saved)
-        args = p.parse_args(argv)
-        for name in saved.keys() - MAY_CHANGE:
-            if getattr(args, name) != saved[name]:
-                p.error(f"--{name.replace('_', '-')} is {saved[name]} in {args.resume}: leave it "
-                        "out, or start another run in another --out")
-    return args
+# For real frames: the usual settings of published Cityscapes trainings, on a GPU of 16 GB.
+# SGD's rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
+CITYSCAPES_DEFAULTS = {
+    "model": "resnet34",
+    "pretrained": True,                 # ImageNet weights, if there are any for the model
+    "epochs": 200,
+    "batch": 8,                         # at most; see `batch` in unet.SPECS
+    "crop": [512, 1024],                # height x width; smaller frames: the frame
+    "scale": [0.5, 2.0],
+    "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
+}
+# For the generated scenes: a small network, and many small steps from random weights.
+SCENES_DEFAULTS = {
+    "model": "resnet18",
+    "pretrained": False,
+    "epochs": 10,
+    "batch": 2,
+    "crop": [128, 256],
+    "scale": [0.8, 1.25],
+    "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
+}
+# `encoder_lr` is a factor on the rate of a pretrained encoder.
+OPTIMIZER_DEFAULTS = {
+    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4, "clip_grad": 0.0},
+    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "clip_grad": 1.0, "lr": 0.001},
+}
 
 
-def find_data(args):
-    """Settle args.data, and args.generated: whether the frames are drawn here instead of real."""
-    args.data = args.data or os.environ.get("CITYSCAPES_DATASET")
-    if not args.data:
-        args.data = "scenes"
-        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
-        with rank_0_first():
-            make_scenes(args.data)
-    else:
-        say(f"frames of {args.data}")
-    args.data = str(Path(args.data).expanduser().resolve())     # eval.py finds it from anywhere
-    args.generated = (Path(args.data) / SCENES_MARK).exists()
+def learning_rate(args, step, steps_per_epoch, factor=1.0):
+    """The learning rate of a step: --lr x factor x linear warmup x polynomial decay.
 
-
-def adapt(args, size, device):
-    """Settle what the command line left open: the one place where defaults are chosen.
-
-    They are meant for Cityscapes on one GPU of 16 GB. The generated scenes are few and small and
-    start from random weights, so they take a small network and many small steps.
+    factor: 1, or --encoder-lr for a pretrained encoder. The warmup is one epoch, at most 500 steps.
     """
-    def default(name, value):
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-
-    gpu, drawn = device.type == "cuda", args.generated
-    default("model", "resnet18" if drawn else "resnet34")
-    default("pretrained", args.model in ENCODERS and not drawn)
-    default("epochs", 10 if drawn else 200)         # minutes on a CPU; as published U-Nets
-    default("batch", 2 if drawn else 8 if gpu else 4)           # few frames: more steps of them
-    default("crop", [min(512, size[0]), min(1024, size[1])])    # the usual one for Cityscapes
-    default("scale", [0.8, 1.25] if drawn else [0.5, 2.0])      # usual; small frames, less
-    # As ResNet and ConvNeXt were trained for ImageNet. AdamW's rates are a usual choice, not tuned.
-    default("optimizer", "adamw" if args.model.startswith("convnext") else "sgd")
-    sgd = args.optimizer == "sgd"
-    # SGD's rate grows with the batch (Goyal et al. 2017, arXiv 1706.02677), to about the usual
-    # 0.01 at batch 8. A short training from random weights wants a higher one: on the scenes,
-    # mIoU is 0.28 at 0.02, 0.34 at 0.05 and 0.37 at 0.1 (README, "The recipe").
-    default("lr", 1e-3 if not sgd else 0.05 if drawn else 0.0015 * args.batch)
-    default("encoder_lr", 0.5 if sgd else 0.1)      # what is learnt already is to change less
-    default("weight_decay", 5e-4 if sgd else 0.01)  # usual for Cityscapes; AdamW's own
-    default("workers", min(8, os.cpu_count() or 1) if gpu else 0)   # a CPU is busy enough
+    total_steps = args.epochs * steps_per_epoch
+    warmup_steps = min(500, steps_per_epoch)
+    warmup = min(1.0, (step + 1) / warmup_steps)
+    decay = (1 - step / total_steps) ** 0.9
+    return args.lr * factor * warmup * decay
 
 
-# -------------------------------------------------------------------------------- the parts
+# ----------------------------------------------------------------------------------- the loop
 
 
-def set_up_device(args):
-    """The device and autocast dtype of this process, which joins its group under torchrun."""
-    device = pick_device(args.device)
-    torch.backends.cudnn.benchmark = True           # all crops are of one size: find what is best
-    if WORLD > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device, pick_amp(args.amp, device)
+def train(run):
+    """Train from the current step of `run` to its last epoch.
 
-
-def set_up_data(args, device):
-    """The training crops and the validation frames; settles the open settings."""
-    find_data(args)
-    val_set = Cityscapes(args.data, "val")
-    adapt(args, val_set[0][1].shape, device)
-    with rank_0_first():                            # which may count the pixels of each class
-        train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale)
-    if args.batch > len(train_set):
-        raise ValueError(f"--batch {args.batch} is more than the {len(train_set)} training frames")
-    if args.batch % WORLD:
-        raise ValueError(f"--batch {args.batch} cannot be shared equally by {WORLD} processes")
-    if args.batch == WORLD and max(args.crop) <= 32 and args.model.startswith("resnet"):
-        raise ValueError("one frame of 32 x 32 is a single value at stride 32, which BatchNorm "
-                         "cannot normalise: raise --batch or --crop")
-    return train_set, val_set
-
-
-def set_up_loss(args, train_set, device):
-    """The loss function, with class weights from the training labels if asked for."""
-    if args.class_weights == "none":
-        return build_loss(args.loss)
-    with rank_0_first():
-        weights = class_weights(class_pixels(train_set), args.class_weights)
-    say(f"class weights ({args.class_weights}) from the training labels: "
-        + ", ".join(f"{c.name} {w:.2f}" for c, w in zip(CLASSES, weights)))
-    return build_loss(args.loss, weights.to(device))
-
-
-def build_optimizer(model, args, device):
-    """SGD or AdamW, a peak rate for each group; no decay for biases and norms, which are 1-D."""
-    groups = {}
-    for name, p in model.named_parameters():
-        factor = args.encoder_lr if args.pretrained and name.startswith("encoder.") else 1.0
-        groups.setdefault((factor, p.ndim > 1), []).append(p)
-    groups = [{"params": params, "peak_lr": args.lr * factor,
-               "weight_decay": args.weight_decay * decays}
-              for (factor, decays), params in groups.items()]
-    fused = device.type != "mps"
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=fused)
-    return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-
-
-def schedule(step, steps, warmup):
-    """Share of the peak learning rate at a step: linear warm-up times poly, (1 - t)^0.9."""
-    return min(1.0, (step + 1) / warmup) * (1 - step / steps) ** 0.9
-
-
-def items_of(step, frames, batch, seed):
-    """Items epoch * frames + index of one step, a list: this process's share of the batch.
-
-    Each epoch takes the frames in a random order of its own, whole batches only, as BatchNorm
-    cannot do with a last one of one frame. All processes together take the same items whatever
-    their number.
+    `run.network` is `run.model`, wrapped for several GPUs or compiled if that was asked for.
     """
-    epoch, i = divmod(step, frames // batch)
-    rng = np.random.default_rng((seed, epoch, frames))          # an index that no frame has
-    order = rng.permutation(frames)[i * batch:(i + 1) * batch]
-    return (epoch * frames + order[RANK::WORLD]).tolist()
+    args, optimizer, scaler = run.args, run.optimizer, run.scaler
+    for epoch in range(run.epoch, args.epochs):
+        run.network.train()
+        for images, target in run.batches():        # those of this epoch that are still to do
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(args, run.step, run.steps_per_epoch, group["factor"])
+            seed_step(args.seed, run.step)
+
+            with autocast(run.device, run.dtype):
+                logits = run.network(normalize(images))
+            loss = run.loss_function(logits, target.long())
+
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            clip_gradients(run)
+            scaler.step(optimizer)
+            scaler.update()
+            run.after_step(loss.detach())           # may save everything, or stop the run
+
+        run.save()                                  # a stop during the validation loses nothing
+        scores = run.validate()
+        run.end_epoch(scores)                       # log.csv, curves.png, best.pt
+        run.save()
+
+
+def seed_step(seed, step):
+    """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
+    torch.manual_seed(hash((seed, step, rank())))   # a hash of integers is always the same
+
+
+def clip_gradients(run):
+    """Scale the gradients so that their total norm is at most --clip-grad; 0 is off."""
+    if run.args.clip_grad > 0:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.network.parameters(), run.args.clip_grad)
+
+
+# ------------------------------------------------------------------------------------ the run
+
+
+CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. It has been saved."""
+
+
+class Run:
+    """A training run: its parts, its position, and everything around a step.
+
+    Position: `epoch` epochs are finished and logged; `step` steps are done. A run that is stopped
+    between the last step of an epoch and its log has step == (epoch + 1) * steps_per_epoch. Then
+    `batches` is empty, and the run continues with the validation.
+    """
+
+    def __init__(self, args, device, stop):
+        self.args, self.device, self.stop, self.out = args, device, stop, Path(args.out)
+        self.dtype = pick_amp(args.amp, device)
+        self.train_set, self.val_set, self.loss_function = build_data_and_loss(args, device)
+        self.frame_size = list(self.val_set[0][1].shape)            # height, width
+        self.steps_per_epoch = len(self.train_set) // args.batch
+        self.model = build_network(args).to(device, memory_format=torch.channels_last)
+        self.optimizer = build_optimizer(self.model, args)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.epoch, self.step = 0, 0
+        self.loss_sum, self.seconds = 0.0, 0.0      # of this epoch; of the whole run
+        self.best_miou, self.log = -1.0, []
+        if args.resume:
+            self.restore(args.resume)
+        self.network = wrap_network(self.model, args)
+
+        self.saved_at = time.monotonic()
+        self.began = self.saved_at - self.seconds   # as if the run had never stopped
+        self.losses = []                            # of the last steps, not yet checked
+        self.images_per_s, self.data_wait = 0.0, 0.0
+
+    def batches(self):
+        """Yield the batches of this epoch that are still to do, on the device.
+
+        images: uint8 N x 3 x H x W, target: uint8 N x H x W, this rank's share of --batch frames
+        """
+        done = self.step - self.epoch * self.steps_per_epoch
+        batches = epoch_batches(self.epoch, len(self.train_set), self.args.batch, self.args.seed)
+        items = [batch[rank()::world_size()] for batch in batches[done:]]
+        loader = make_loader(self.train_set, self.args.workers, batch_sampler=items,
+                             pin_memory=self.device.type == "cuda")
+        waited, start = 0.0, time.monotonic()
+        asked = start
+        for images, target in loader:
+            waited += time.monotonic() - asked
+            yield (images.to(self.device, non_blocking=True),
+                   target.to(self.device, non_blocking=True))
+            asked = time.monotonic()
+        seconds = max(asked - start, 1e-9)
+        self.images_per_s = len(items) * self.args.batch / seconds
+        self.data_wait = waited / seconds
+
+    def after_step(self, loss):
+        """Count a step; then, if it is time to, check the losses, save, or stop the run."""
+        self.step += 1
+        self.losses.append(loss)
+        save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        stop = on_any_rank(self.stop.requested)
+        save = on_any_rank(save_is_due) or stop
+        if len(self.losses) == CHECK_EVERY or save or self.device.type == "cpu":
+            self.check_losses()
+            self.show_progress()
+        if save:
+            self.save()
+        if stop:
+            raise Stopped
+
+    def check_losses(self):
+        """Add the last losses to loss_sum. Raises FloatingPointError if one is not finite.
+
+        Also raises it if float16 gradients overflow at any scale: GradScaler then skips every
+        step, and the network does not learn.
+        """
+        if not self.losses:
+            return
+        losses = torch.stack(self.losses)
+        if world_size() > 1:
+            dist.all_reduce(losses)
+            losses /= world_size()
+        first_step = self.step - len(self.losses)
+        self.losses = []
+        for step, loss in enumerate(losses.tolist(), start=first_step):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"the loss of step {step + 1} is {loss}, on {', '.join(self.files(step))}; "
+                    "lower --lr, or try --amp off; last.pt is from before")
+            self.loss_sum += loss
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise FloatingPointError(f"the float16 gradients of step {self.step} and those before "
+                                     "are not finite; use --amp off or bf16, or lower --lr")
+
+    def files(self, step):
+        """The images of a step, of all ranks."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        batches = epoch_batches(epoch, len(self.train_set), self.args.batch, self.args.seed)
+        return [str(self.train_set.images[k % len(self.train_set)]) for k in batches[i]]
+
+    def validate(self):
+        """Score the validation frames -> dict of `summarize`; None if --val-every skips the epoch.
+
+        Each rank takes its share of the frames. Raises Stopped if a rank was asked to stop.
+        """
+        last = self.epoch + 1 == self.args.epochs
+        if (self.epoch + 1) % self.args.val_every != 0 and not last:
+            return None
+        share = range(rank(), len(self.val_set), world_size())
+        frames_of_all = len(self.val_set) // world_size()       # some ranks have one frame more
+
+        def stop_if_asked(index, *frame):
+            # Only for frames that all ranks have: on_any_rank waits for all of them.
+            if index < frames_of_all and on_any_rank(self.stop.requested):
+                raise Stopped
+
+        if world_size() > 1:
+            for buffer in self.model.buffers():     # BatchNorm's averages: rank 0's for all
+                dist.broadcast(buffer, 0)
+        matrix = evaluate(self.model, torch.utils.data.Subset(self.val_set, share), self.device,
+                          self.dtype, workers=self.args.workers, visit=stop_if_asked)
+        if world_size() > 1:
+            dist.all_reduce(matrix)
+        if matrix.sum() == 0:
+            raise ValueError(f"{self.args.data}: the validation labels hold none of the 19 classes")
+        return summarize(matrix.cpu())
+
+    def end_epoch(self, scores):
+        """Log the epoch, and keep its weights if they are the best so far."""
+        last_step = self.step - 1
+        row = {"epoch": self.epoch + 1,
+               "loss": self.loss_sum / self.steps_per_epoch,
+               "lr": learning_rate(self.args, last_step, self.steps_per_epoch)}
+        for key in "pixel_accuracy", "miou", "mean_dice":
+            row[key] = scores[key] if scores else None
+        row["images_per_s"] = self.images_per_s
+        row["data_wait"] = self.data_wait
+        row["seconds"] = time.monotonic() - self.began
+        row["gpu_gib"] = None                       # peak memory of rank 0's GPU
+        if self.device.type == "cuda":
+            row["gpu_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        for c in CLASSES:
+            row[f"iou {c.name}"] = scores["classes"][c.name]["iou"] if scores else None
+        self.log.append(row)
+        self.epoch += 1
+        self.loss_sum = 0.0
+        self.print_row(row)
+        self.write_log()
+        if scores and scores["miou"] > self.best_miou:
+            self.best_miou = scores["miou"]
+            self.save_as("best.pt", {})
+
+    def print_row(self, row):
+        """Print the main columns of a row of the log, and the time that is left."""
+        left = round(row["seconds"] / self.epoch * (self.args.epochs - self.epoch))
+        line = (f"epoch {row['epoch']}/{self.args.epochs}  loss {row['loss']:.3f}  "
+                f"lr {row['lr']:.1e}")
+        if row["miou"] is not None:
+            line += (f"  pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
+                     f"Dice {row['mean_dice']:.3f}")
+        line += (f"  {row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  "
+                 f"left {left // 60}m{left % 60:02d}s")
+        say(line)
+
+    def show_progress(self):
+        """On a terminal, update one line that shows the step of the epoch."""
+        if is_rank_0() and sys.stdout.isatty():
+            done = self.step - self.epoch * self.steps_per_epoch
+            print(f"\r\033[Kepoch {self.epoch + 1}/{self.args.epochs}  "
+                  f"step {done}/{self.steps_per_epoch} ", end="", flush=True)
+
+    # ------------------------------------------------------------- the files of the run
+
+    def save(self):
+        """Write last.pt. Raises FloatingPointError instead if losses or weights are not finite."""
+        self.check_losses()
+        finite = [value.isfinite().all() for value in self.model.state_dict().values()]
+        if not torch.stack(finite).all():
+            raise FloatingPointError(f"the weights are not finite after step {self.step}; lower "
+                                     "--lr, or try --amp off; last.pt is from before")
+        self.saved_at = time.monotonic()
+        self.save_as("last.pt", {
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "frames": len(self.train_set), "step": self.step, "loss_sum": self.loss_sum,
+            "seconds": self.saved_at - self.began, "best_miou": self.best_miou})
+        if world_size() > 1:
+            dist.barrier()                          # no rank ends before the file is complete
+
+    def save_as(self, name, more):
+        """Write a checkpoint: the weights, all that eval.py needs, and the dict `more`."""
+        if is_rank_0():
+            buffer = io.BytesIO()
+            torch.save({"model": self.model.state_dict(), "settings": settings_of(self.args),
+                        "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
+                        "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
+                        "log": self.log, "made_by": self.args.made_by, **more}, buffer)
+            write(buffer.getbuffer(), self.out / name)
+
+    def restore(self, path):
+        """Continue from a last.pt."""
+        last = load_checkpoint(path)
+        if "optimizer" not in last:
+            raise ValueError(f"{path}: has a model, but not the state of a run; resume from the "
+                             "last.pt beside it, or start a new run with --init")
+        if last["frames"] != len(self.train_set):
+            raise ValueError(f"{self.args.data}: has {len(self.train_set)} training frames, but "
+                             f"the run of {path} began with {last['frames']}")
+        if last["label_to_train"] != LABEL_TO_TRAIN.tolist():
+            raise ValueError(f"{path}: LABEL_TO_TRAIN in data.py has changed since this run began, "
+                             "so that its scores would not compare; start a new run")
+        load_weights(self.model, last, path)
+        self.optimizer.load_state_dict(last["optimizer"])
+        if self.scaler.is_enabled() and last["scaler"]:
+            self.scaler.load_state_dict(last["scaler"])
+        self.epoch, self.step, self.log = last["epoch"], last["step"], last["log"]
+        self.loss_sum, self.seconds = last["loss_sum"], last["seconds"]
+        self.best_miou = last["best_miou"]
+        if self.step > self.args.epochs * self.steps_per_epoch:
+            raise ValueError(f"--epochs {self.args.epochs}: the run has trained {self.step} steps, "
+                             f"which are more than {self.args.epochs} epochs")
+        if self.args.epochs != last["settings"]["epochs"]:
+            rate = learning_rate(self.args, self.step, self.steps_per_epoch)
+            say(f"--epochs was {last['settings']['epochs']} and is {self.args.epochs}: the "
+                f"learning rate follows the new number and is {rate:.1e} in the next step")
+
+    def write_log(self):
+        """Write log.csv and curves.png. Neither is needed to resume, so an error is only printed.
+
+        On Windows, for example, a file cannot be replaced while a spreadsheet has it open.
+        """
+        if not is_rank_0():
+            return
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.log[0])
+        writer.writeheader()
+        writer.writerows(self.log)
+        picture = io.BytesIO()
+        curves_picture({self.out.resolve().name: self.log}).save(picture, "PNG")
+        try:
+            write(text.getvalue().encode(), self.out / "log.csv")
+            write(picture.getbuffer(), self.out / "curves.png")
+        except OSError as error:
+            say(f"{error}; they will be written again after the next epoch")
 
 
 def write(data, path):
-    """Replace a file in one stroke: a crash or a full disk leaves the old one, whole."""
+    """Replace a file as a whole: after a crash or on a full disk, the old one is still there."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -235,240 +387,402 @@ def write(data, path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror}); mend that, then go on with "
-                      "--resume") from error
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """Collect Ctrl-C and SIGTERM in a list, to stop where it suits; a second one stops at once."""
-    def collect(number, frame):
-        if received:
+def epoch_batches(epoch, num_frames, batch, seed):
+    """The items (see data.Cityscapes) of each step of an epoch -> list of lists of ints.
+
+    Every epoch has its own random order. Frames that do not fill a batch are left out of it.
+    """
+    # Not the random stream of a sample, (seed, epoch, index): there, index < num_frames.
+    rng = np.random.default_rng((seed, epoch, num_frames))
+    items = epoch * num_frames + rng.permutation(num_frames)
+    steps = num_frames // batch
+    return items[:steps * batch].reshape(steps, batch).tolist()
+
+
+# ---------------------------------------------------------------------- the parts of the run
+
+
+def build_data_and_loss(args, device):
+    """Build the training set (random crops), the validation set (whole frames) and the loss."""
+    train_set = Cityscapes(args.data, "train", args.crop, seed=args.seed, scale=args.scale)
+    val_set = Cityscapes(args.data, "val")
+    if args.batch > len(train_set):
+        raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames")
+    if args.batch % world_size() != 0:
+        raise ValueError(f"--batch {args.batch} cannot be divided among {world_size()} processes")
+    weights = None
+    if args.copyblob > 0 or args.class_weights != "none":
+        pixels = from_rank_0(lambda: class_pixels(train_set))
+        if args.copyblob > 0:
+            train_set.start_copyblob(args.copyblob, pixels)
+        weights = class_weights(pixels, args.class_weights)
+    if weights is not None:
+        texts = [f"{c.name} {weight:.2f}" for c, weight in zip(CLASSES, weights)]
+        say(f"class weights ({args.class_weights}): {', '.join(texts)}")
+        weights = weights.to(device)
+    return train_set, val_set, build_loss(args.loss, weights)
+
+
+def build_network(args):
+    """The network with random, ImageNet (--pretrained) or a checkpoint's weights (--init)."""
+    torch.manual_seed(args.seed)
+    # Rank 0 alone loads them: DistributedDataParallel begins by copying its weights to all ranks.
+    pretrained = args.pretrained and not args.resume and is_rank_0()
+    model = build_model(args.model, len(CLASSES), pretrained)
+    if args.init and not args.resume:
+        load_weights(model, load_checkpoint(args.init), args.init)
+    return model
+
+
+def wrap_network(model, args):
+    """What a step calls: the model, with DistributedDataParallel under torchrun, compiled if asked.
+
+    On several GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for
+    CPUs; there each rank normalizes its own frames.
+    """
+    network = model
+    if world_size() > 1:
+        if next(model.parameters()).is_cuda:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = nn.parallel.DistributedDataParallel(network)
+    if args.compile:
+        network = torch.compile(network)
+    return network
+
+
+def build_optimizer(model, args):
+    """SGD or AdamW. Each group has a `factor` on the rate. Biases and norms have no decay."""
+    has_trained_encoder = args.pretrained or args.init
+    groups = {}
+    for name, parameter in model.named_parameters():
+        factor, decay = 1.0, 0.0
+        if has_trained_encoder and name.startswith("encoder."):
+            factor = args.encoder_lr
+        if parameter.ndim > 1:                      # biases and norms are 1-D
+            decay = args.weight_decay
+        groups.setdefault((factor, decay), []).append(parameter)
+    groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
+              for (factor, decay), parameters in groups.items()]
+    fused = next(model.parameters()).device.type != "mps"
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, args.lr, fused=fused)
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+
+
+# ------------------------------------------------------------- processes and signals
+
+
+def rank():
+    """The number of this process under torchrun, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes that torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print on rank 0."""
+    if is_rank_0():
+        print(text, flush=True)
+
+
+def join_processes(args):
+    """Join the process group if torchrun started several -> the device of this process."""
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if world > 1 and not os.environ.get("LOCAL_RANK"):
+        raise ValueError("WORLD_SIZE is set, but LOCAL_RANK is not; start several processes with "
+                         "torchrun")
+    device = pick_device(args.device)               # selects the GPU of LOCAL_RANK first
+    torch.backends.cudnn.benchmark = True           # crops have one size: try what is fastest
+    if world > 1 and device.type == "cuda":         # NCCL for GPU tensors, Gloo for CPU tensors
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    elif world > 1:
+        dist.init_process_group("gloo")
+    return device
+
+
+def from_rank_0(function):
+    """Call the function on rank 0 only -> its result, on every rank."""
+    result = [function() if is_rank_0() else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(result, 0)
+    return result[0]
+
+
+def on_any_rank(condition):
+    """Whether a condition holds on at least one rank. All ranks must call this together."""
+    if world_size() == 1:
+        return condition
+    value = torch.tensor(float(condition))          # on the CPU: does not wait for the GPU
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item() > 0
+
+
+class StopSignals:
+    """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
+
+    The run then stops between two steps. Signals within two seconds count as one, as torchrun and
+    SLURM may pass on a signal that a process has received already. A later one stops at once.
+    """
+
+    def __init__(self):
+        self.requested, self.number, self.time = False, None, None
+
+    def receive(self, number, frame):
+        now = time.monotonic()
+        if self.requested and now > self.time + 2:
             raise KeyboardInterrupt
-        received.append(number)
+        if not self.requested:
+            self.requested, self.number, self.time = True, number, now
 
-    received = []
-    before = {s: signal.signal(s, collect) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __enter__(self):
+        self.handlers = {}
+        for name in "SIGINT", "SIGTERM", "SIGUSR1":
+            if hasattr(signal, name):               # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        if self.requested:                          # a repeat must not kill the process while it
+            return                                  # ends, so this object goes on receiving
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------- the command line
 
-LINE = ("epoch {epoch}/{epochs}  loss {loss:.3f}  lr {lr:.1e}  pixel acc {pixel_accuracy:.3f}  "
-        "mIoU {miou:.3f}  Dice {mean_dice:.3f}  {images_per_s:.1f} img/s  "
-        "data wait {data_wait:.0%}  left {left}")
-POSITION = ("step", "loss_sum", "seconds", "best", "log")       # how far a run is
+# Options that may be given anew on resume. All others make it another run.
+MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
 
 
-class Run:
-    """One training run: its parts, how far it is, and the loop."""
+def build_parser():
+    """The options of train.py. A new one is saved and resumed without more code; a flag needs
+    BooleanOptionalAction, as `options_of` writes --no-NAME for False."""
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, positive = number_in(1, 10**6, int), number_in(1e-9, 1e3)
+    p.add_argument("--data", metavar="FOLDER",
+                   help="root of the data set (default: $CITYSCAPES_DATASET, else generated "
+                   "scenes)")
+    p.add_argument("--model", choices=MODELS, help="(default: resnet34; for scenes resnet18)")
+    p.add_argument("--loss", choices=LOSSES, default="ce", help="(default: ce, cross-entropy)")
+    p.add_argument("--class-weights", choices=["none", "enet", "median"], default="none",
+                   help="weigh classes in the loss by their pixels (default: none)")
+    p.add_argument("--copyblob", type=number_in(0, 1), nargs="?", const=1.0, default=0.0,
+                   metavar="S", help="paste rare classes into training frames, with a strength of "
+                   "0 to 1 (default: 0, off; without a value 1)")
+    p.add_argument("--epochs", type=count, metavar="N", help="(default: 200; for scenes 10)")
+    p.add_argument("--batch", type=count, metavar="N",
+                   help="frames in a step, of all GPUs together (default: 8; ConvUNeXt 4; "
+                   "scenes 2)")
+    p.add_argument("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
+                   help="height and width of training crops in pixels, at least 64 "
+                   "(default: 512 1024, at most the frame)")
+    p.add_argument("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
+                   help="range of the random zoom (default: 0.5 2; for scenes 0.8 1.25)")
+    p.add_argument("--optimizer", choices=["sgd", "adamw"],
+                   help="(default: sgd; for ConvNeXt adamw)")
+    p.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate (default: sgd "
+                   "0.0015 x batch, for scenes 0.025 x batch; adamw 0.001)")
+    p.add_argument("--encoder-lr", type=number_in(0, 1e3), metavar="FACTOR",
+                   help="factor on --lr for a pretrained encoder (default: sgd 0.5, adamw 0.1)")
+    p.add_argument("--weight-decay", type=number_in(0, 1e3), metavar="W",
+                   help="(default: sgd 0.0005, adamw 0.01)")
+    p.add_argument("--clip-grad", type=number_in(0, 1e9), metavar="NORM",
+                   help="largest norm of the gradient; 0 is off (default: sgd 0, adamw 1)")
+    p.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
+                   help="start from ImageNet weights (default: yes for real frames)")
+    p.add_argument("--init", metavar="FILE",
+                   help="start from the weights of a best.pt or last.pt (default: none)")
+    p.add_argument("--val-every", type=count, default=1, metavar="N",
+                   help="validate after every N epochs and after the last (default: 1)")
+    p.add_argument("--seed", type=number_in(0, 2**31, int), default=0, metavar="N",
+                   help="seed of all random numbers (default: 0)")
+    p.add_argument("--workers", type=number_in(0, 1000, int), metavar="N",
+                   help="data processes for each GPU (default: the cores, at most 8; on a CPU 0)")
+    p.add_argument("--device", default="auto", metavar="NAME",
+                   help="cuda, cuda:1, mps or cpu (default: the fastest available)")
+    p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
+                   help="precision of autocast; off is float32 (default: the fastest available)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                   help="use torch.compile (default: no)")
+    p.add_argument("--save-minutes", type=number_in(0, 1e6), default=5.0, metavar="N",
+                   help="minutes between saves within an epoch (default: 5)")
+    p.add_argument("--out", default=".", metavar="FOLDER",
+                   help="where the files of the run are written (default: the current folder)")
+    p.add_argument("--resume", nargs="?", const="", metavar="LAST_PT",
+                   help="continue the run of a last.pt; without a value, that of --out if there is "
+                   "one, else start (default: start)")
+    return p
 
-    def __init__(self, args):
-        self.args, self.out = args, Path(args.out)
-        self.device, self.dtype = set_up_device(args)
-        args.amp = {None: "off", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
-        self.train_set, self.val_set = set_up_data(args, self.device)
-        self.loss_function = set_up_loss(args, self.train_set, self.device)
-        torch.manual_seed(args.seed)
-        with rank_0_first():                        # which may download the weights
-            self.model = build_model(args.model, len(CLASSES), args.pretrained and not args.resume)
-        self.model.to(self.device, memory_format=torch.channels_last)
-        self.optimizer = build_optimizer(self.model, args, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.step, self.loss_sum, self.seconds, self.best, self.log = 0, 0.0, 0.0, -1.0, []
-        if args.resume:
-            self.restore(args.resume)
-        net = nn.parallel.DistributedDataParallel(self.model) if WORLD > 1 else self.model
-        self.net = torch.compile(net) if args.compile else net
-        self.per_epoch = len(self.train_set) // args.batch
-        self.steps = args.epochs * self.per_epoch
-        if self.step > self.steps:
-            raise ValueError(f"--epochs {args.epochs}: the run is further already, at epoch "
-                             f"{self.step // self.per_epoch + 1}")
 
-    def restore(self, path):
-        """Load a last.pt."""
-        last = load_checkpoint(path)
-        if "optimizer" not in last:
-            raise ValueError(f"{path}: holds a model, but not the run; resume from its last.pt")
-        if last["frames"] != len(self.train_set):
-            raise ValueError(f"{self.args.data}: has {len(self.train_set)} training frames, but "
-                             f"the run of {path} began with {last['frames']}")
-        self.model.load_state_dict(last["model"])
-        self.optimizer.load_state_dict(last["optimizer"])
-        if last["scaler"]:                          # else the run was not one in float16
-            self.scaler.load_state_dict(last["scaler"])
-        for name in POSITION:
-            setattr(self, name, last[name])
+def parse_args(argv=None):
+    """Parse the command line. On resume, options that are not given are as in the saved run."""
+    parser = build_parser()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
+    if args.resume == "":
+        last = Path(args.out) / "last.pt"
+        args.resume = str(last) if last.exists() else None
+    if args.resume:
+        last = Path(args.resume)
+        saved = load_checkpoint(last)["settings"]
+        saved["out"] = str(last.parent)
+        # Parse the saved options, then those of the command line: the last one counts.
+        args = parser.parse_args(options_of(saved) + argv)
+        args.resume = str(last)
+        if Path(args.out).resolve() == last.parent.resolve():
+            args.out = saved["out"]                 # the same folder, spelled differently
+        for name in saved:
+            if name not in MAY_CHANGE and getattr(args, name) != saved[name]:
+                option = "--" + name.replace("_", "-")
+                parser.error(f"{option} is {saved[name]} in {last}; leave this option out, or "
+                             "start a new run in another --out")
+    if args.scale and args.scale[0] > args.scale[1]:
+        parser.error("--scale: MIN is larger than MAX")
+    if args.init and args.pretrained:
+        parser.error("--init and --pretrained exclude each other")
+    args.made_by = provenance(argv)
+    return args
 
-    def save(self, name, **more):
-        """Write a checkpoint: the model, and all that eval.py needs to rebuild it."""
-        if RANK == 0:
-            file, miou = io.BytesIO(), self.log[-1]["miou"] if self.log else None
-            torch.save({"model": self.model.state_dict(), "settings": vars(self.args),
-                        "epoch": len(self.log), "miou": miou, **more}, file)
-            write(file.getbuffer(), self.out / name)
 
-    def save_last(self):
-        """Write last.pt. Raises FloatingPointError instead if the weights are not finite."""
-        if not torch.stack([v.isfinite().all() for v in self.model.state_dict().values()]).all():
-            raise FloatingPointError(f"the weights are not finite after step {self.step}: lower "
-                                     "--lr, or try --amp off; last.pt is from before")
-        self.saved = time.monotonic()
-        self.seconds = self.saved - self.began
-        self.save("last.pt", optimizer=self.optimizer.state_dict(), frames=len(self.train_set),
-                  scaler=self.scaler.state_dict(), **{k: getattr(self, k) for k in POSITION})
+def settings_of(args):
+    """The options of a run, as plain values for its checkpoints."""
+    return {name: value for name, value in vars(args).items() if name not in ("resume", "made_by")}
 
-    def train_step(self, images, target):
-        """One step -> its loss, a scalar tensor on the device."""
-        images, target = (t.to(self.device, non_blocking=True) for t in (images, target))
-        share = schedule(self.step, self.steps, min(500, self.per_epoch))
-        for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
-        torch.manual_seed(hash((self.args.seed, self.step, RANK)))  # of integers: always the same
-        x = normalize(images).contiguous(memory_format=torch.channels_last)
-        with autocast(self.device, self.dtype):
-            logits = self.net(x)
-        loss = self.loss_function(logits, target.long())
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.step += 1
-        return loss.detach()
 
-    def tally(self, losses, stop):
-        """Add up the losses of the last steps -> whether any process was asked to stop.
+def options_of(settings):
+    """The settings of a checkpoint as a command line, which argparse can then check."""
+    options = []
+    for name, value in settings.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            options.append(option)
+        elif value is False:
+            options.append(option.replace("--", "--no-", 1))
+        elif isinstance(value, (list, tuple)):
+            options += [option, *map(str, value)]
+        elif value is not None:
+            options += [option, str(value)]
+    return options
 
-        Raises FloatingPointError for one that is not finite, before anything is saved.
-        """
-        values = torch.stack([*losses, losses[0].new_tensor(bool(stop))])
-        if WORLD > 1:
-            dist.all_reduce(values)
-        *values, stop = (values / WORLD).tolist()
-        for step, value in enumerate(values, self.step - len(values)):
-            if not math.isfinite(value):
-                items = items_of(step, len(self.train_set), self.args.batch, self.args.seed)
-                files = [str(self.train_set.images[i % len(self.train_set)]) for i in items]
-                raise FloatingPointError(
-                    f"the loss of step {step + 1} is {value}, on {', '.join(files)}: "
-                    "lower --lr, or try --amp off; last.pt is from before")
-            self.loss_sum += value
-        return stop > 0
 
-    def validate(self, stop):
-        """The confusion matrix of the whole split, of which each process takes a share."""
-        def stop_if_asked(*frame):
-            if stop:
-                raise KeyboardInterrupt
+def provenance(argv):
+    """What made a checkpoint: the command line, the versions, and the commit if there is one."""
+    here = Path(__file__).resolve().parent
+    commit = None
+    if (here / ".git").exists():
+        with contextlib.suppress(OSError):          # git may not be installed
+            result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True,
+                                    text=True)
+            commit = result.stdout.strip() or None
+    return {"command": ["train.py", *argv], "python": platform.python_version(),
+            "torch": str(torch.__version__), "numpy": np.__version__, "pillow": PIL.__version__,
+            "commit": commit}
 
-        if WORLD > 1:                               # BatchNorm's averages are each process's own
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        share = torch.utils.data.Subset(self.val_set, range(RANK, len(self.val_set), WORLD))
-        matrix = evaluate(self.model, share, self.device, self.dtype, visit=stop_if_asked,
-                          workers=self.args.workers)
-        if WORLD > 1:
-            matrix = matrix.to(self.device)
-            dist.all_reduce(matrix)
-        return matrix.cpu()
 
-    def end_epoch(self, stop, images_per_s, data_wait):
-        """Score the validation frames, log the epoch, and keep the weights if they are the best."""
-        self.save_last()                            # before the scoring, which can take its time
-        scores = summarize(self.validate(stop))
-        if scores["miou"] is None:
-            raise ValueError(f"no validation label of {self.args.data} holds any of the 19 classes")
-        self.seconds = time.monotonic() - self.began
-        row = {"epoch": self.step // self.per_epoch, "loss": self.loss_sum / self.per_epoch,
-               "lr": max(group["lr"] for group in self.optimizer.param_groups),
-               **{k: scores[k] for k in ("pixel_accuracy", "miou", "mean_dice")},
-               "images_per_s": images_per_s, "data_wait": data_wait, "seconds": self.seconds}
-        left = round(self.seconds / self.step * (self.steps - self.step))
-        say(LINE.format(**row, epochs=self.args.epochs, left=f"{left // 60}m{left % 60:02d}s"))
-        self.log.append({**row, **{f"iou {k}": c["iou"] for k, c in scores["classes"].items()}})
-        self.loss_sum = 0.0
-        if scores["miou"] > self.best:
-            self.best = scores["miou"]
-            self.save("best.pt")
-        if RANK == 0:
-            table = io.StringIO(newline="")
-            writer = csv.DictWriter(table, self.log[0])
-            writer.writeheader()
-            writer.writerows(self.log)
-            write(table.getvalue().encode(), self.out / "log.csv")
-        self.save_last()                            # last: a kill before it scores this epoch anew
-        self.net.train()
+def prepare_data(args):
+    """Choose the data folder, args.data -> True if it holds the generated scenes."""
+    args.data = args.data or os.environ.get("CITYSCAPES_DATASET")
+    if args.data:
+        say(f"frames of {args.data}")
+    else:
+        args.data = "scenes"
+        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
+        from_rank_0(lambda: make_scenes(args.data))
+    args.data = str(Path(args.data).expanduser().resolve())     # eval.py may run in another folder
+    return (Path(args.data) / SCENES_MARK).exists()
 
-    def fit(self, stop):
-        """Train from where the run is to its end; KeyboardInterrupt once `stop` is not empty."""
-        args, losses = self.args, []
-        items = (items_of(step, len(self.train_set), args.batch, args.seed)
-                 for step in range(self.step, self.steps))
-        batches = iter(torch.utils.data.DataLoader(
-            self.train_set, batch_sampler=items, num_workers=args.workers,
-            worker_init_fn=leave_ctrl_c, pin_memory=self.device.type == "cuda"))
-        self.net.train()
-        self.saved = time.monotonic()
-        self.began = self.saved - self.seconds      # as if it had never stopped
-        start, waited, first = self.saved, 0.0, self.step
-        while True:
-            if len(self.log) < self.step // self.per_epoch:     # an epoch without its score
-                spent = time.monotonic() - start
-                self.end_epoch(stop, (self.step - first) * args.batch / spent, waited / spent)
-                start, waited, first = time.monotonic(), 0.0, self.step
-            if self.step >= self.steps:
-                return
-            asked = time.monotonic()
-            images, target = next(batches)
-            waited += time.monotonic() - asked
-            losses.append(self.train_step(images, target))
-            # Reading a loss waits for the GPU, so there it is done but every tenth step.
-            if len(losses) < 10 and self.device.type != "cpu" and self.step % self.per_epoch:
-                continue
-            stopping = self.tally(losses, stop)
-            if stopping or time.monotonic() > self.saved + 60 * args.save_minutes:
-                self.save_last()
-            if stopping:
-                raise KeyboardInterrupt
-            if RANK == 0 and sys.stdout.isatty():
-                rate = (self.step - first) * args.batch / (time.monotonic() - start)
-                print(f"\r\033[Kepoch {self.step // self.per_epoch + 1}/{args.epochs}  "
-                      f"step {self.step % self.per_epoch}/{self.per_epoch}  "
-                      f"loss {losses[-1]:.3f}  {rate:.1f} images/s ", end="", flush=True)
-            losses.clear()
+
+def fill_defaults(args, defaults, device):
+    """Give every option that was not set its default; `defaults` is a table from the top."""
+    def default(name, value):
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+    default("model", defaults["model"])
+    spec = SPECS[args.model]
+    default("pretrained", defaults["pretrained"] and spec.url is not None and not args.init)
+    default("epochs", defaults["epochs"])
+    default("batch", min(defaults["batch"], spec.batch))
+    default("scale", defaults["scale"])
+    if args.crop is None:
+        height, width = Cityscapes(args.data, "val")[0][1].shape
+        args.crop = [max(64, min(defaults["crop"][0], height)),
+                     max(64, min(defaults["crop"][1], width))]
+    default("optimizer", spec.optimizer)
+    for name, value in OPTIMIZER_DEFAULTS[args.optimizer].items():
+        default(name, value)
+    if args.optimizer == "sgd":
+        default("lr", defaults["sgd_lr_per_frame"] * args.batch)
+    default("workers", default_workers(device))
+
+
+def check_out(args):
+    """Create --out. Raises ValueError if it holds another run, OSError if it is not writable."""
+    out = Path(args.out)
+    names = [name for name in ("best.pt", "last.pt", "log.csv") if (out / name).exists()]
+    if names and not args.resume:
+        raise ValueError(f"{out.resolve()} has the {', '.join(names)} of another run; continue it "
+                         f"with --resume {out / 'last.pt'}, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise OSError(f"--out {out}: cannot be written to ({error.strerror})") from error
 
 
 def main(argv=None):
-    """Run one command line, sys.argv by default -> the rows of log.csv."""
+    """Run one command line (default: sys.argv) -> the rows of log.csv."""
     args = parse_args(argv)
-    out = Path(args.out)
-    taken = [name for name in ("best.pt", "last.pt", "log.csv") if (out / name).exists()]
-    if taken and not args.resume:
-        raise ValueError(f"{out.resolve()} holds the {', '.join(taken)} of another run: go on with "
-                         f"it (--resume {out / 'last.pt'}) or name another folder (--out)")
-    out.mkdir(parents=True, exist_ok=True)
-    run = Run(args)
-    say(f"{args.model}{' (ImageNet weights)' if args.pretrained else ''}, loss {args.loss}, "
-        f"{len(run.train_set)} frames, {len(run.val_set)} to validate, "
-        f"crop {args.crop[0]} x {args.crop[1]}, batch {args.batch}, {args.epochs} epochs, "
-        f"{run.device} {run.dtype or torch.float32}"
-        + (f", from step {run.step + 1} of {run.steps}" if args.resume else ""))
-    try:
-        with stop_signals() as stop:
-            run.fit(stop)
-    except KeyboardInterrupt:
-        say(f"stopped; to go on: python train.py --resume {out / 'last.pt'}")
-        sys.exit(130)
-    if WORLD > 1:
+    check_out(args)
+    device = join_processes(args)
+    generated = prepare_data(args)
+    fill_defaults(args, SCENES_DEFAULTS if generated else CITYSCAPES_DEFAULTS, device)
+    with StopSignals() as stop:
+        run = Run(args, device, stop)
+        say(describe(run))
+        try:
+            train(run)
+            status = 0
+            say(f"best validation mIoU {run.best_miou:.3f}; "
+                f"now: python eval.py --ckpt {run.out / 'best.pt'}")
+        except Stopped:
+            status = 128 + stop.number
+            say("saved and stopped; "
+                f"continue with: python train.py --resume {run.out / 'last.pt'}")
+        except KeyboardInterrupt:                   # a second signal
+            status = 128 + stop.number
+            say("stopped at once; steps since the last save, if any, are lost")
+    if dist.is_initialized():
         dist.destroy_process_group()
-    say(f"best validation mIoU {run.best:.3f}; now: python eval.py --ckpt {out / 'best.pt'}")
+    if status > 0:
+        sys.exit(status)
     return run.log
+
+
+def describe(run):
+    """One line that says what is trained on what."""
+    args = run.args
+    start = ""
+    if args.pretrained:
+        start = " (ImageNet weights)"
+    elif args.init:
+        start = f" (weights of {args.init})"
+    text = (f"{args.model}{start}, loss {args.loss}, {len(run.train_set)} training and "
+            f"{len(run.val_set)} validation frames, crop {args.crop[0]} x {args.crop[1]}, "
+            f"batch {args.batch}, {args.epochs} epochs, {run.device} {run.dtype or torch.float32}")
+    if args.resume:
+        text += f", from step {run.step + 1} of {args.epochs * run.steps_per_epoch}"
+    return text
 
 
 if __name__ == "__main__":
