@@ -133,11 +133,11 @@ def read_label(path):
 
 
 def read_ids(path):
-    """Read a label PNG as it is -> Pillow image (mode L). Raises as `read_label`."""
+    """Read a label PNG as it is -> Pillow image (mode L). Raises the errors of `read_label`."""
     label = read_picture(path, ["PNG"])
     if label.mode != "L":
-        raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids; "
-                         "use the *_gtFine_labelIds.png files")
+        raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
+                         "Cityscapes' *_gtFine_labelIds.png files, or save it as 8-bit grayscale")
     largest = LAST_LABEL_ID
     if str(path).endswith(TRAIN_IDS_END):
         largest = len(CLASSES) - 1
@@ -151,8 +151,8 @@ def read_ids(path):
 def check_label_ids(paths):
     """Raise ValueError if files named as label ids seem to hold train ids; reads 20 of them.
 
-    Train ids end at 18 and begin with road, sidewalk and building. Label ids have vegetation,
-    sky, people and vehicles at 19 ... 33, while 0 ... 6 are leftovers (unlabeled, static, ...).
+    Label files of streets have ids of 19 ... 33 (vegetation, sky, people, vehicles). Train ids end
+    at 18, and at least three of 0 ... 6 (road, sidewalk, building, ...) are in use.
     """
     pixels = np.zeros(256, np.int64)
     for i in np.linspace(0, len(paths) - 1, min(20, len(paths))).astype(int):
@@ -176,9 +176,9 @@ class Cityscapes(torch.utils.data.Dataset):
     copyblob: strength of CopyBlob in [0, 1]; 0 is off, 1 pastes as often as `paste_rates` says
     scale: (min, max), range of the random zoom before a crop
 
-    The index of a sample is k = epoch * len + frame, so that a frame has new random numbers in
-    each epoch. A split other than train and val may have no labels; then all pixels are 255.
-    Raises FileNotFoundError that says which files are missing.
+    Item k is frame `index` in an epoch, k = epoch * len + index, so that a frame has new random
+    numbers in each epoch. A split other than train and val may have no labels; then all pixels
+    are 255. Raises FileNotFoundError that says which files are missing.
     """
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
@@ -196,8 +196,8 @@ class Cityscapes(torch.utils.data.Dataset):
                 "folder that holds leftImg8bit and gtFine as --data or $CITYSCAPES_DATASET "
                 "(Cityscapes: unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip "
                 "into it)")
-        self.has_labels = bool(labels) or split in ("train", "val")
-        if self.has_labels:
+        self.has_labels = len(labels) > 0
+        if self.has_labels or split in ("train", "val"):        # these two must have labels
             check_pairs(self.root, split, images, labels)
         if has_label_ids:
             check_label_ids(list(labels.values()))
@@ -211,7 +211,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch, although any k is an index
+    def __iter__(self):                             # one epoch; else a loop would never end
         for index in range(len(self)):
             yield self[index]
 
@@ -227,13 +227,13 @@ class Cityscapes(torch.utils.data.Dataset):
 
     def start_copyblob(self, strength, pixels):
         """Paste blobs from now on. pixels: int frames x 19, of `class_pixels`."""
-        self.paste_rates = strength * paste_rates(pixels)
-        self.blobs = collect_blobs(self, pixels)
+        self.rates = strength * paste_rates(pixels)
+        self.blobs = collect_blobs(self, pixels, self.rates)
 
     def paste_blobs(self, image, label, rng):
         """CopyBlob: paste a blob of each rare class, at its rate."""
         for class_id, blobs in self.blobs.items():
-            if rng.random() < self.paste_rates[class_id]:
+            if rng.random() < self.rates[class_id]:
                 blob = blobs[rng.integers(len(blobs))]
                 image, label = copy_blob(image, label, blob, rng)
         return image, label
@@ -277,21 +277,22 @@ def make_loader(dataset, workers, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
             options["multiprocessing_context"] = "fork"
+        atexit.unregister(kill_workers)             # register it once
+        atexit.register(kill_workers)
     return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
 
 
 def ignore_stop_signals(*args):
-    """Make a worker process ignore Ctrl-C, SIGTERM and SIGUSR1. The main process acts on them.
+    """Make this process ignore Ctrl-C, SIGTERM and SIGUSR1.
 
-    A signal to a whole process group would otherwise kill the workers first, and an error about
-    dead workers would end the main process before it has saved.
+    In a worker process: a signal to a whole process group would otherwise kill the workers first,
+    and an error about dead workers would end the main process before it has saved.
     """
     for name in "SIGINT", "SIGTERM", "SIGUSR1":
         if hasattr(signal, name):                   # Windows has no SIGUSR1
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-@atexit.register
 def kill_workers():
     """End workers that are left when the main process ends, as they ignore the usual SIGTERM."""
     if hasattr(signal, "SIGCHLD"):                  # PyTorch's handler would report their end
@@ -319,24 +320,23 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
         |          w/zoom         |                    +--------------+
         +-------------------------+                           w
 
-    `zoom` lies in `scale`, as often above 1 as below for (1/a, a). A window larger than the frame
-    is padded with the mean color, and with 255 (ignored) in the label.
+    The logarithm of `zoom` is uniform in `scale`, so that (0.5, 2) enlarges as often as it
+    reduces. A window that is larger than the frame is padded with the mean color, and with 255
+    (ignored) in the label.
     """
     height, width = crop
     zoom = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
-    window_width, window_height = width / zoom, height / zoom
-    x = random_offset(image.width, window_width, rng)
-    y = random_offset(image.height, window_height, rng)
+    x = random_offset(image.width, width / zoom, rng)
+    y = random_offset(image.height, height / zoom, rng)
 
-    # The part of the window that lies in the frame, in frame pixels, ...
-    left, top = max(0, x), max(0, y)
-    right = min(image.width, x + window_width)
-    bottom = min(image.height, y + window_height)
+    # The part of the window that lies in the frame, in pixels of the frame
+    left, right = max(0, x), min(image.width, x + width / zoom)
+    top, bottom = max(0, y), min(image.height, y + height / zoom)
     box = (left, top, right, bottom)
-    # ... and in crop pixels.
-    corner = round((left - x) * zoom), round((top - y) * zoom)
-    size = (max(1, round((right - x) * zoom) - corner[0]),
-            max(1, round((bottom - y) * zoom) - corner[1]))
+    # The same part in pixels of the crop
+    x0, x1 = round((left - x) * zoom), round((right - x) * zoom)
+    y0, y1 = round((top - y) * zoom), round((bottom - y) * zoom)
+    size, corner = (max(1, x1 - x0), max(1, y1 - y0)), (x0, y0)
 
     image_crop = Image.new("RGB", (width, height), MEAN_COLOR)
     label_crop = Image.new("L", (width, height), IGNORE)
@@ -374,22 +374,19 @@ def jitter(image, rng):
 
 # Cityscapes has few pixels of wall, fence, bus and train, and networks miss these most. CopyBlob
 # cuts a blob, what one frame shows of such a class in a range of columns, moves it along the
-# street, and pastes it into another frame:
+# street, and pastes it into another frame (assets/copyblob.png):
 #
-#     horizon ------------------------------------- V     V: the vanishing point of the street,
-#                                                /  |        taken to be in the middle
-#                               +-----+       /     |
-#                               |blob |    /        | drop
-#                               |     | /           |
-#                     side      +-----x ----------- +     x: the foot, the blob's lowest point
-#                 +---------+      /                |
-#                 | pasted  |   /                   | scale * drop
-#                 |         |/                      |
-#  scale * side   +---------x --------------------- +
+#     horizon ---------------------------------- V        V: the vanishing point of the street,
+#                                              / |           taken to be in the middle
+#                              +-----+       /   |
+#                              |     |     /     | drop
+#                              |blob |   /       |
+#                              +---x---/---------+        x: the foot, the blob's lowest point
+#                                  |<--- side -->|
 #
-# On a flat street, an object at `drop` pixels below the horizon is drop * (its height / the
-# camera's height) pixels high, whatever the focal length. If it moves along the street, all its
-# measures in pixels change by one factor, `scale`.
+# On a flat street, an object whose foot is `drop` pixels below the horizon appears
+# drop * (height of the object / height of the camera) pixels high. Moved along the street, its
+# width, height, side and drop all change by one factor, `scale`.
 
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
@@ -397,7 +394,7 @@ IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
     "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
 HORIZON = 0.42          # its row / the height of the frame, in Cityscapes
-LEAST_SHARE = 0.005     # of a frame: less is a sliver that the network hardly sees at stride 32
+LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at stride 32
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # of all labeled pixels: a class above this is not pasted
 PASTES = 3              # per frame that shows the class
@@ -411,8 +408,8 @@ def cut_blob(image, label, class_id, rng):
     not split it. Pieces below LEAST_SHARE are never cut. Larger pieces are cut more often.
 
     image, label: Pillow images, RGB and train ids (mode L)
-    Blob: image and mask (Pillow, RGB and 1 bit); foot: the column of its lowest point; side and
-    drop: pixels from V to the foot in the frame, to the right and down
+    Blob: image and mask are Pillow images (RGB and 1 bit); foot is the column of its lowest point;
+    side (negative to the left of V) and drop are the distances of the foot from V, in pixels
     """
     mask = np.asarray(label) == class_id
     height, width = mask.shape
@@ -445,9 +442,8 @@ def mirror(blob):
 def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
-    Four random pixels with a scale of 0.5 to 2 are compared. The best one moves the blob least to
-    the side and leaves most of it inside the frame, both measured in pixels of the blob's frame,
-    that is, divided by the scale.
+    The scale there is between 0.5 and 2. Of four random places, the one is taken that moves the
+    blob least to the side, so that what stood at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
@@ -457,22 +453,16 @@ def find_place(label, blob, rng):
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
-    xs, ys, scales = xs[four], ys[four], scales[four]
-    to_middle = np.abs(xs - label.width / 2)
-    moved = np.abs(to_middle - scales * abs(blob.side))
-    # The part of the blob from its foot to the border, and the room that there is for it:
-    outer = blob.foot if blob.side < 0 else blob.image.width - 1 - blob.foot
-    clipped = np.maximum(0, scales * outer - (label.width / 2 - to_middle))
-    best = np.argmin((moved + clipped) / scales)
+    sides = np.abs(xs[four] - label.width / 2) / scales[four]       # as in the blob's own frame
+    best = four[np.argmin(np.abs(sides - abs(blob.side)))]
     return int(xs[best]), int(ys[best])
 
 
 def copy_blob(image, label, blob, rng):
     """Paste a blob with its foot on the class that carries it -> new image and label.
 
-    What lies outside of the frame is clipped. People stay in front of the blob, and so does what
-    is nearer: in a column where a car, for example, covers the blob's lowest pixel, it covers the
-    blob. Returns the same image and label if there is no place.
+    What lies outside of the frame is clipped. People stay in front of the blob, and so do things
+    that are nearer. Returns the same image and label if there is no place.
 
     image, label: Pillow images, RGB and train ids (mode L)
     After CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch (all pixels of a rare class,
@@ -489,11 +479,13 @@ def copy_blob(image, label, blob, rng):
     left, top = x - int(scale * blob.foot), y + 1 - height
 
     mask = np.asarray(blob.mask.resize((width, height), Image.NEAREST))
-    there = np.asarray(label.crop((left, top, left + width, top + height)))
-    lowest = height - 1 - np.argmax(mask[::-1], axis=0)         # row of the mask in each column
-    nearer = np.isin(there[lowest, np.arange(width)], IN_FRONT_IF_NEARER)
-    in_front = np.isin(there, ALWAYS_IN_FRONT) | (np.isin(there, IN_FRONT_IF_NEARER) & nearer)
-    visible = Image.fromarray(mask & ~in_front)
+    covered = np.asarray(label.crop((left, top, left + width, top + height)))
+    people = np.isin(covered, ALWAYS_IN_FRONT)
+    things = np.isin(covered, IN_FRONT_IF_NEARER)
+    # A thing is nearer in the columns where it covers the lowest pixel of the blob.
+    lowest_row = height - 1 - np.argmax(mask[::-1], axis=0)     # of the mask, for each column
+    nearer = things[lowest_row, np.arange(width)]
+    visible = Image.fromarray(mask & ~people & ~(things & nearer))
 
     image, label = image.copy(), label.copy()
     image.paste(blob.image.resize((width, height), Image.BILINEAR), (left, top), visible)
@@ -505,27 +497,27 @@ def paste_rates(pixels):
     """How often each class is pasted, in blobs per frame -> float 19, each in [0, 1].
 
     pixels: int frames x 19, of `class_pixels`. A rare class is pasted PASTES times as often as
-    frames show it. `effective` is the number of these frames, where those that show little of the
-    class count less: it equals n if n frames show the same share.
+    frames show it. Frames that show little of it should count less, so their number is Kish's
+    effective sample size, (sum of s)^2 / (sum of s^2), for shares s of the class.
     """
     shares = pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
     rates = np.zeros(len(CLASSES))
     for name in CARRIER:
         share = shares[:, TRAIN_ID[name]]           # of each frame
         if 0 < share.mean() < RARE:
-            effective = share.sum() ** 2 / (share ** 2).sum()
-            rates[TRAIN_ID[name]] = min(1, PASTES * effective / len(shares))
+            number = share.sum() ** 2 / (share ** 2).sum()
+            rates[TRAIN_ID[name]] = min(1, PASTES * number / len(shares))
     return rates
 
 
-def collect_blobs(dataset, pixels, most=64):
+def collect_blobs(dataset, pixels, rates, most=64):
     """Cut the blobs to paste, from up to `most` frames for each class -> {class id: [Blob, ...]}.
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
     its cost. A blob takes 5 bytes per pixel of its box; those of Cityscapes take about 200 MiB.
     Frames are drawn in proportion to what they show of the class. The result depends only on
     the frames and dataset.seed. Prints a line if there is nothing to paste.
-    pixels: int frames x 19, of `class_pixels`
+    pixels, rates: of `class_pixels` and `paste_rates`
     """
     def cut(index, class_id, stream):
         image, label = dataset.read(index)
@@ -535,7 +527,7 @@ def collect_blobs(dataset, pixels, most=64):
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
     shares = pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
     shares[shares < LEAST_SHARE] = 0
-    rare_classes = np.flatnonzero(paste_rates(pixels) > 0).tolist()
+    rare_classes = np.flatnonzero(rates > 0).tolist()
     blobs = {}
     with ThreadPoolExecutor() as pool:
         for class_id in rare_classes:
@@ -561,8 +553,8 @@ def class_pixels(dataset):
     """Count the pixels of each class in each label of a Cityscapes split -> int64 frames x 19.
 
     The counts are cached in the root of the data, with a hash of the label files' names, sizes
-    and times and of LABEL_TO_TRAIN: if any of them changes, the labels are counted again. (After
-    a change of read_label, delete it.) Without write access, they are counted every time.
+    and times and of LABEL_TO_TRAIN: if any of them changes, the labels are counted again. After a
+    change of `read_label`, delete the file. Without write access, they are counted every time.
     """
     files = []
     for path in dataset.labels:
@@ -609,7 +601,7 @@ def class_weights(pixels, scheme):
         return None
     total = pixels.sum(axis=0)                      # of each class
     if total.sum() == 0:
-        raise ValueError("the training labels hold none of the 19 classes, so that class weights "
+        raise ValueError("the training labels hold none of the classes, so that class weights "
                          "cannot be computed")
     if scheme == "enet":
         weights = 1 / np.log(1.02 + total / total.sum())

@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
-from data import (CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, ignore_stop_signals, make_loader,
-                  normalize, read_image)
+from data import (CLASSES, IGNORE, LABEL_TO_TRAIN, TRAIN_TO_LABEL, Cityscapes,
+                  ignore_stop_signals, make_loader, normalize, read_image)
 from unet import build_model
 
 NAMES = [c.name for c in CLASSES]
@@ -119,20 +119,20 @@ def load_checkpoint(path):
         if not isinstance(saved["model"], dict):
             raise TypeError("there are no weights")
         return saved
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"{path}: no such file; train.py writes best.pt") from error
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
 
 
-def load_weights(model, saved, path):
-    """Load the weights of a checkpoint into a network. Raises ValueError if they do not fit."""
+def load_weights(model, name, saved, path):
+    """Load the weights of a checkpoint into a network of that name, else raise ValueError."""
     try:
         model.load_state_dict(saved["model"])
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its weights, of {saved['settings']['model']}, do not fit this "
-                         f"network of {len(CLASSES)} classes, as unet.py builds it") from error
+        raise ValueError(f"{path}: its weights, of {saved['settings']['model']}, do not fit {name} "
+                         f"with {len(CLASSES)} classes as unet.py builds it") from error
 
 
 Checkpoint = namedtuple("Checkpoint", "path name model settings frame_size log")
@@ -146,7 +146,9 @@ def load_model(path, device):
     saved = load_checkpoint(path)
     settings = saved["settings"]
     model = build_model(settings["model"], len(CLASSES))
-    load_weights(model, saved, path)
+    load_weights(model, settings["model"], saved, path)
+    if saved.get("label_to_train", LABEL_TO_TRAIN.tolist()) != LABEL_TO_TRAIN.tolist():
+        print(f"WARNING: {path} was trained with another LABEL_TO_TRAIN than data.py has now")
     model.to(device, memory_format=torch.channels_last).eval()
     settings = {**settings, "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
     name = Path(path).resolve().parent.name
@@ -166,12 +168,12 @@ def summarize(matrix):
         return None if score.isnan() else score.item()
 
     iou, dice = metrics.iou(matrix), metrics.dice(matrix)
-    share, other = metrics.confusions(matrix).nan_to_num().max(dim=1)
+    largest, partner = metrics.confusions(matrix).nan_to_num().max(dim=1)
     classes = {}
     for i, name in enumerate(NAMES):
         confused = None
-        if share[i] > 0:
-            confused = {"with": NAMES[other[i]], "share_of_union": share[i].item()}
+        if largest[i] > 0:
+            confused = {"with": NAMES[partner[i]], "share_of_union": largest[i].item()}
         classes[name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
                          "pixels": matrix[i].sum().item(), "most_confused": confused}
     return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)),
@@ -408,10 +410,10 @@ def pick_device(name="auto"):
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
         device = torch.device(name)
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.set_device(device)           # first, or GPU 0 is opened as well
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, AttributeError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
     return device
@@ -471,15 +473,26 @@ def usable_cores():
     return max(1, cores)
 
 
-def is_rank_0():
-    """Whether this process prints and writes files. Under torchrun, one of them does."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+def rank():
+    """The number of this process under torchrun, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes that torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
 
 
 def progress(items, what):
     """Yield the items. On a terminal, one line that is updated in place counts them."""
     start = time.monotonic()
-    live = sys.stdout.isatty() and is_rank_0()
+    live = sys.stdout.isatty() and rank() == 0
     for number, item in enumerate(items, start=1):
         yield item
         if live:
@@ -510,21 +523,25 @@ def command_line(main):
         return main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, FloatingPointError) as error:
-        if sys.flags.dev_mode:
+    except Exception as error:
+        message = advice(error)
+        if message is None or sys.flags.dev_mode:
             raise
-        message = str(error).strip().split("\n")[-1]    # one from a worker has its traceback first
-        message = re.sub(r"^\w+Error: ", "", message)
-    except (MemoryError, RuntimeError) as error:
-        out_of_memory = re.search("out of memory|allocate memory|shared memory", str(error))
-        if isinstance(error, RuntimeError) and not out_of_memory:
-            raise
-        message = ("out of memory: lower --workers (in a container, raise --shm-size); "
-                   "for training, lower --batch or --crop, or choose a smaller --model")
     finally:
         ignore_stop_signals()                       # a repeated signal must not change the status
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def advice(error):
+    """What to tell the user about an exception, in one line; None for a bug."""
+    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
+        return ("out of memory: lower --workers (in a container, raise --shm-size); "
+                "for training, lower --batch or --crop, or choose a smaller --model")
+    if isinstance(error, (OSError, ValueError, FloatingPointError)):
+        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
+        return re.sub(r"^\w+Error: ", "", message)
+    return None
 
 
 # ------------------------------------------------------------------------------- the commands
@@ -558,7 +575,7 @@ def score_checkpoint(ckpt, dataset, out, args):
               "data": str(args.data), "images": len(dataset), "tta": args.tta,
               **summarize(matrix)}
     if matrix.sum() == 0:
-        print("the labels hold none of the 19 classes, so that there is no score")
+        print("the labels hold none of the classes, so that there is no score")
         print(class_shares(pixels))
         return result, frames
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
@@ -595,6 +612,8 @@ def predict_photos(ckpt, args):
     if not files:
         raise FileNotFoundError(f"{args.images}: no {' '.join(endings)} files in this folder")
     check_unique([file.stem for file in files], args.images)
+    if args.out.resolve() == files[0].resolve().parent:
+        raise ValueError(f"--out {args.out}: is the folder of the photos; choose another one")
     args.out.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros(len(CLASSES), np.int64)
     failures = 0
@@ -613,7 +632,8 @@ def predict_photos(ckpt, args):
         if args.labels_out:
             save_labels(np.asarray(ids), args.labels_out, file.stem)
     print(f"{len(files) - failures} photos: {args.out}/*_color.png and *_overlay.png")
-    print(class_shares(pixels))
+    if failures < len(files):
+        print(class_shares(pixels))
     return failures
 
 
@@ -628,7 +648,7 @@ def parse_args(argv=None):
     p.add_argument("--split", default="val", metavar="NAME",
                    help="split to evaluate: train, val, test or another folder (default: val)")
     p.add_argument("--out", type=Path, default=Path("eval"), metavar="FOLDER",
-                   help="where results are written; older ones are replaced (default: eval)")
+                   help="where results are written, over files of the same names (default: eval)")
     p.add_argument("--tta", action="store_true",
                    help="average predictions over three scales and flips; 6 times slower")
     p.add_argument("--images", type=Path, metavar="PATH",

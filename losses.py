@@ -27,7 +27,7 @@ def _pixel_mean(loss, target, weights):
 
 
 def cross_entropy(logits, target, weights):
-    """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the softmax of the true class.
+    """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the probability of the true class.
 
     logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0
     """
@@ -65,7 +65,7 @@ def dice(logits, target, weights):
 
 
 def ce_dice(logits, target, weights):
-    """Cross-entropy + Dice: the one is smooth from the start, the other weighs classes equally."""
+    """Cross-entropy + Dice: the first has smooth gradients, the second weighs classes equally."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

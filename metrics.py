@@ -55,7 +55,7 @@ def dice(m):
 
 
 def confusions(m):
-    """How much of its IoU each class loses to each other one: C x C -> float64 C x C in [0, 1].
+    """The share of each class's union that is confused with each other class -> float64 C x C.
 
     Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union
     of i, TP + FP + FN. The diagonal is 0. Row i sums to (FP + FN) / union = 1 - IoU of i (NaN

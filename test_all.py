@@ -14,6 +14,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -181,7 +182,7 @@ def wave(h, w):
 
 @torch.no_grad()
 def test_outputs_equal_those_of_the_published_networks():
-    assert sorted(PUBLISHED) == sorted(unet.MODELS)
+    assert sorted(PUBLISHED) == sorted(unet.MODELS), "add the new model's numbers to PUBLISHED"
     for name, (known_hash, numbers) in PUBLISHED.items():
         model = unet.build_model(name).eval()
         module = model if name == "convunext" else model.encoder
@@ -322,6 +323,13 @@ def test_imagenet_weights_placed_by_hand_are_used():
             assert torch.equal(value, state[key]), key
 
 
+def test_an_unverified_download_is_reported():
+    for name in "resnet18", "convnext_tiny":
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            raises(OSError, pretrained, name)
+        assert ("not verified" in printed.getvalue()) == (name == "convnext_tiny")
+
+
 def test_incomplete_and_hostile_weight_files_are_refused():
     state = unet.build_model("resnet18").encoder.state_dict()
     del state["layer1.0.conv1.weight"]
@@ -381,7 +389,7 @@ def test_losses_equal_their_formulas_with_and_without_class_weights():
         close(losses.build_loss("ce+dice", class_weights)(logits, target), ce + dice)
         close(F.cross_entropy(logits, target, w, ignore_index=255), ce)
         close(losses.focal(logits, target, w, gamma=0.0), ce)
-    assert sorted(losses.LOSSES) == ["ce", "ce+dice", "dice", "focal"]
+    assert sorted(losses.LOSSES) == ["ce", "ce+dice", "dice", "focal"], "add the new loss here"
 
 
 def test_losses_ignore_pixels_of_255():
@@ -531,7 +539,7 @@ def test_unusual_label_ids_are_read():
                    {0: 100},
                    {0: 60, 7: 40},
                    {0: 5, 1: 10, 2: 5, 3: 80},                  # the dummies of the test split
-                   {7: 10, 33: 10, 255: 10}):                   # 255: licence plate, id -1
+                   {7: 10, 33: 10, 255: 10}):                   # 255: license plate, id -1
         label, target = read_counts(counts)
         assert np.array_equal(target, data.LABEL_TO_TRAIN[label])
 
@@ -656,7 +664,7 @@ def test_photos_are_turned_upright():
 
 def test_whole_frames_are_exact():
     label = np.arange(34, dtype=np.uint8).reshape(2, 17)
-    label[0, 0] = 255                                   # licence plate, id -1
+    label[0, 0] = 255                                   # license plate, id -1
     pixels = np.random.default_rng(0).integers(0, 256, (2, 17, 3), np.uint8)
     frames = data.Cityscapes(write_tree(FOLDER / "exact", label, pixels), "train")
     image, target = frames[0]
@@ -795,8 +803,8 @@ def test_jitter_equals_its_formula_and_is_used():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     image, label = Image.fromarray(pixels), Image.new("L", (6, 5))
     brightness, contrast, saturation = np.random.default_rng(3).uniform(0.75, 1.25, 3)
-    grey = (pixels @ [0.299, 0.587, 0.114])[..., None]
-    y = saturation * pixels + (1 - saturation) * grey
+    gray = (pixels @ [0.299, 0.587, 0.114])[..., None]
+    y = saturation * pixels + (1 - saturation) * gray
     z = brightness * (contrast * (y - 128) + 128)
     result = data.jitter(image, np.random.default_rng(3))
     assert np.abs(np.asarray(result) - z.clip(0, 255)).max() <= 1
@@ -931,20 +939,13 @@ def test_a_blob_stands_on_its_carrier_with_the_size_of_its_distance():
     assert street()[y, x] == data.TRAIN_ID["road"]
 
 
-def test_a_blob_is_moved_along_the_street_and_stays_in_the_frame():
-    """The bounds lie between the results and those of places drawn at random."""
-    blob, moved, clipped = cut_wall(), [], []
-    wide = data.Blob(WALL, Image.new("RGB", (230, 60)), None, 226, -200, 52)
-    sidewalk = Image.fromarray(np.full((256, 512), data.TRAIN_ID["sidewalk"], np.uint8))
+def test_a_blob_is_moved_along_the_street():
+    blob, moved = cut_wall(), []
     for seed in range(100):
         x, y = data.find_place(Image.fromarray(street()), blob, np.random.default_rng(seed))
         scale = (y + 1 - 0.42 * 256) / blob.drop
         moved.append(abs(abs(x - 256) / scale - abs(blob.side)))
-        x, y = data.find_place(sidewalk, wide, np.random.default_rng(seed))
-        scale = (y + 1 - 0.42 * 256) / wide.drop
-        clipped.append(max(0, scale * 226 + abs(x - 256) - 256) / scale)
-    assert np.median(moved) < 40                        # 23; at random 63
-    assert np.mean(clipped) < 100                       # 74; without it in the choice 154
+    assert np.median(moved) < 40                        # 23; for places drawn at random 63
 
 
 def test_blobs_are_mirrored_on_the_other_side_of_the_street():
@@ -1029,8 +1030,8 @@ def stored(seed=0, most=64, delay=0):
         read.append(index)
         return frames[index]
 
-    dataset = mock.Mock(seed=seed, read=read_frame)
-    return data.collect_blobs(dataset, np.array(pixels), most), read
+    dataset, pixels = mock.Mock(seed=seed, read=read_frame), np.array(pixels)
+    return data.collect_blobs(dataset, pixels, data.paste_rates(pixels), most), read
 
 
 def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
@@ -1042,9 +1043,10 @@ def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
     assert len(set(chosen)) > 3 and np.mean(chosen) > 3.2           # in proportion to area: 3.8
 
 
-def test_pasting_nothing_is_told_in_one_line():
+def test_pasting_nothing_is_reported_in_one_line():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert data.collect_blobs(mock.Mock(seed=0), np.ones((3, 19), np.int64)) == {}
+        nothing = np.zeros(19)
+        assert data.collect_blobs(mock.Mock(seed=0), np.ones((3, 19), np.int64), nothing) == {}
     assert printed.getvalue().startswith("CopyBlob pastes nothing")
     assert printed.getvalue().count("\n") == 1
 
@@ -1158,8 +1160,7 @@ def before_step(number, action=mock.Mock(side_effect=KeyError)):
 def as_rank(number, world_size=2):
     """This process takes itself for one of several -> a mock of torch.distributed."""
     with (mock.patch("train.rank", lambda: number), mock.patch("train.dist") as dist,
-          mock.patch("train.world_size", lambda: world_size),
-          mock.patch("train.is_rank_0", lambda: number == 0)):
+          mock.patch("train.world_size", lambda: world_size)):
         yield dist
 
 
@@ -1353,6 +1354,7 @@ def test_compile_gives_the_same_output():
 
 def test_init_takes_the_weights_and_nothing_else():
     run = ready_run("--init", str(whole_run() / "best.pt"))
+    assert run.args.model == "resnet18"
     best = load(whole_run(), "best.pt")["model"]
     torch.testing.assert_close(run.model.state_dict(), best, rtol=0, atol=0)
     assert (run.step, run.epoch, run.log, run.best_miou) == (0, 0, [], -1.0)
@@ -1424,9 +1426,9 @@ def test_a_full_or_read_only_disk_is_named_and_leaves_the_old_file():
 def test_out_is_probed_before_anything_is_done():
     error = OSError(30, "Read-only file system")
     with (mock.patch("train.tempfile.TemporaryFile", side_effect=error),
-          mock.patch("train.join_processes") as join_processes):
+          mock.patch("train.set_up_device") as set_up_device):
         message = raises(OSError, tiny_run, FOLDER / "probed")
-    assert "--out" in message and "Read-only" in message and not join_processes.called
+    assert "--out" in message and "Read-only" in message and not set_up_device.called
 
 
 def test_a_locked_log_does_not_end_the_run():
@@ -1493,7 +1495,7 @@ def test_resume_after_an_error_is_exact():
     out = FOLDER / "error"
     with before_step(2):
         raises(KeyError, tiny_run, out, "--loss", "ce+dice", "--save-minutes", "0")
-    assert 0 < load(out)["step"] <= 2               # as the clock wants
+    assert 0 < load(out)["step"] <= 2               # depends on timing
     with before_step(5):                            # saved last at the end of the first epoch
         raises(KeyError, tiny_resume, out, "--workers", "2", "--save-minutes", "9")
     assert load(out)["step"] == 3
@@ -1598,6 +1600,26 @@ def test_two_processes():
     assert load(out)["step"] == 9
 
 
+def test_workers_of_training_end_before_validation():
+    counts = []
+
+    def evaluate(*args, **options):
+        counts.append(len(multiprocessing.active_children()))
+        return evaluation.evaluate(*args, **options)
+
+    with mock.patch("train.evaluate", evaluate):
+        tiny_run(FOLDER / "counted-workers", "--workers", "2")
+    assert counts == [0, 0]
+
+
+def test_ctrl_c_during_the_imports_is_silent():
+    process = subprocess.Popen([sys.executable, str(HERE / "train.py")], cwd=FOLDER,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    time.sleep(0.4)                                     # torch alone takes longer
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[0] and process.returncode != 0
+
+
 def test_a_bug_ends_every_process():
     process = launch(FOLDER / "bug", "--workers", "2", pause="no number, so that sleep fails")
     printed = finish(process)                       # no data worker remains
@@ -1622,6 +1644,13 @@ def test_resume_refuses_what_would_change_the_run():
                   "--batch 3", "--out elsewhere", "--epochs 1"):
         status, line = command_line_of(train, "--resume", last, *wrong.split())
         assert status == 2 and wrong.split()[0] in line and line.count("\n") == 1, line
+    out = FOLDER / "new-option"                         # a run from before an option existed
+    out.mkdir()
+    last = load(whole_run())
+    del last["settings"]["clip_grad"]
+    torch.save(last, out / "last.pt")
+    status, line = command_line_of(train, "--resume", out / "last.pt", "--clip-grad", "3")
+    assert status == 2 and "--clip-grad" in line
     status, line = command_line_of(train, "--resume", whole_run() / "best.pt")
     assert status == 2 and "last.pt" in line and "--init" in line
 
@@ -1643,7 +1672,7 @@ def test_broken_checkpoints_are_one_line():
         torch.save({**last, "settings": {**last["settings"], **change}}, path)
         status, line = command_line_of(train, "--resume", path)
         assert status == 2 and line.count("\n") == 1 and str(part) in line, line
-    torch.save({**last, "frames": 7}, path)
+    torch.save({**last, "num_frames": 7}, path)
     status, line = command_line_of(train, "--resume", path)
     assert status == 2 and "has 6 training frames" in line and "7" in line, line
     torch.save({**last, "label_to_train": [0] * 256}, path)
@@ -1654,6 +1683,21 @@ def test_broken_checkpoints_are_one_line():
     for module, option in (train, "--resume"), (evaluation, "--ckpt"):
         status, line = command_line_of(module, option, path)
         assert status == 2 and line.count("\n") == 1 and str(path) in line, line
+
+
+def test_defaults_of_real_frames():
+    root = FOLDER / "real"
+    for split in "train", "val":
+        write_tree(root, np.full((600, 1100), 7, np.uint8), split=split)
+    table = (("resnet34", 8, "sgd", 0.012), ("convunext", 4, "sgd", 0.006),
+             ("convnext_tiny", 8, "adamw", 0.001))
+    for model, batch, optimizer, lr in table:
+        args = train.build_parser().parse_args(["--data", str(root), "--model", model])
+        train.fill_defaults(args, train.CITYSCAPES_DEFAULTS, torch.device("cpu"))
+        assert (args.batch, args.optimizer, args.crop) == (batch, optimizer, [512, 1024])
+        assert args.pretrained == (model != "convunext") and args.epochs == 200
+        close(args.lr, lr)
+        assert args.clip_grad == (1 if optimizer == "adamw" else 0)
 
 
 def test_resume_does_not_download():
@@ -1669,13 +1713,18 @@ def test_resume_does_not_download():
 
 def test_each_process_selects_its_gpu_first():
     calls = []
+
+    def use(device):
+        calls.append(("use", device))
+        return torch.ones(1)
+
     with (mock.patch.dict(os.environ, {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}),
           mock.patch("torch.cuda.is_available", lambda: True),
           mock.patch("torch.cuda.set_device", lambda device: calls.append(("select", device))),
-          mock.patch("torch.zeros", lambda *size, device: calls.append(("use", device))),
+          mock.patch("torch.zeros", lambda *size, device: use(device)),
           mock.patch("train.dist.init_process_group",
                      lambda backend, device_id: calls.append((backend, device_id)))):
-        device = train.join_processes(mock.Mock(device="auto"))
+        device = train.set_up_device(mock.Mock(device="auto"))
     assert device == torch.device("cuda:1")
     assert calls == [("select", device), ("use", device), ("cpu:gloo,cuda:nccl", device)]
 
@@ -1683,9 +1732,9 @@ def test_each_process_selects_its_gpu_first():
 def test_incomplete_variables_of_torchrun():
     args = mock.Mock(device="cpu")
     with mock.patch.dict(os.environ, {"RANK": "", "WORLD_SIZE": "", "LOCAL_RANK": ""}):
-        assert train.join_processes(args) == torch.device("cpu")
+        assert train.set_up_device(args) == torch.device("cpu")
     with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}):
-        assert "torchrun" in raises(ValueError, train.join_processes, args)
+        assert "torchrun" in raises(ValueError, train.set_up_device, args)
 
 
 def test_batch_norm_is_synchronized_on_gpus():
@@ -1826,11 +1875,11 @@ def test_bad_options_and_files_are_one_line():
         (train, [*new, "--resume", hostile], hostile),
         (train, [*new, "--data", FOLDER], "leftImg8bit_trainvaltest.zip"),
         (train, [*new, "--model", "convunext", "--pretrained"], "--no-pretrained"),
-        (train, [*new, "--model", "resnet34", "--init", best], "of resnet18, do not fit"),
+        (train, [*new, "--model", "resnet34", "--init", best], "of resnet18, do not fit resnet34"),
         (evaluation, [], "best.pt"),
         (evaluation, ["--ckpt", junk], junk),
         (evaluation, ["--ckpt", cut], cut),
-        (evaluation, ["--ckpt", other], f"{other}: its weights, of resnet34, do not fit"),
+        (evaluation, ["--ckpt", other], f"{other}: its weights, of resnet34, do not fit resnet34"),
         (evaluation, ["--ckpt", hostile], hostile),
         (evaluation, ["--ckpt", "missing.pt"], "missing.pt"),
         (evaluation, ["--ckpt", best, "--split", "validation"], "leftImg8bit/validation"),
@@ -1967,7 +2016,7 @@ def test_very_wide_frames_are_drawn():
 
 
 def test_photos_of_any_kind():
-    """A broken photo is skipped and told, and the exit status is 2."""
+    """A broken photo is skipped and reported, and the exit status is 2."""
     folder, out, best = FOLDER / "photos", FOLDER / "photos-out", checkpoint() / "best.pt"
     folder.mkdir()
     sizes = {"L": (40, 30), "RGBA": (33, 17), "RGB": (50, 20)}
@@ -1980,6 +2029,8 @@ def test_photos_of_any_kind():
     for mode, size in sizes.items():
         for kind in "color", "overlay":
             assert Image.open(out / f"{mode}_{kind}.png").size == size
+    assert "--out" in raises(ValueError, run_eval, "--ckpt", best, "--images", folder, "--out",
+                             folder)
     run_eval("--ckpt", best, "--images", folder / "RGB.png", "--out", out / "one")
     assert sorted(p.name for p in (out / "one").iterdir()) == ["RGB_color.png", "RGB_overlay.png"]
     Image.new("L", (9, 9)).save(folder / "L.tif")   # its results would replace those of L.png
@@ -1992,11 +2043,11 @@ def test_large_photos_are_predicted_at_a_reduced_size():
     options = "--ckpt", checkpoint() / "best.pt", "--images", FOLDER / "large.png"
     for tta in [], ["--tta"]:
         with mock.patch.object(evaluation, "normalize", wraps=data.normalize) as normalize:
-            run_eval(*options, "--out", FOLDER, *tta)
+            run_eval(*options, "--out", FOLDER / "large", *tta)
         n, channels, height, width = normalize.call_args.args[0].shape
         limit = 128 * 256 / (1.25**2 if tta else 1)
         assert 0.97 < height * width / limit < 1.03 and abs(width / height - 2.5) < 0.05
-        assert Image.open(FOLDER / "large_color.png").size == (1000, 400)
+        assert Image.open(FOLDER / "large/large_color.png").size == (1000, 400)
 
 
 def test_splits_with_and_without_labels():

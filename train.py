@@ -35,8 +35,9 @@ from torch import nn
 
 from data import (CLASSES, LABEL_TO_TRAIN, SCENES_MARK, Cityscapes, class_pixels, class_weights,
                   make_loader, make_scenes, normalize)
-from eval import (autocast, command_line, curves_picture, default_workers, evaluate, is_rank_0,
-                  load_checkpoint, load_weights, number_in, pick_amp, pick_device, summarize)
+from eval import (autocast, command_line, curves_picture, default_workers, evaluate,
+                  load_checkpoint, load_weights, number_in, pick_amp, pick_device, rank, say,
+                  summarize, world_size)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
@@ -48,7 +49,7 @@ CITYSCAPES_DEFAULTS = {
     "model": "resnet34",
     "pretrained": True,                 # ImageNet weights, if there are any for the model
     "epochs": 200,
-    "batch": 8,                         # at most; see `batch` in unet.SPECS
+    "batch": 8,                         # or the model's batch in unet.SPECS if that is smaller
     "crop": [512, 1024],                # height x width; smaller frames: the frame
     "scale": [0.5, 2.0],
     "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
@@ -86,14 +87,14 @@ def learning_rate(args, step, steps_per_epoch, factor=1.0):
 
 
 def train(run):
-    """Train from the current step of `run` to its last epoch.
+    """Train from the current step of `run` to the end of its last epoch.
 
     `run.network` is `run.model`, wrapped for several GPUs or compiled if that was asked for.
     """
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
-    for epoch in range(run.epoch, args.epochs):
+    while run.epoch < args.epochs:
         run.network.train()
-        for images, target in run.batches():        # those of this epoch that are still to do
+        for images, target in run.batches():        # the remaining ones of this epoch
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(args, run.step, run.steps_per_epoch, group["factor"])
             seed_step(args.seed, run.step)
@@ -111,7 +112,7 @@ def train(run):
 
         run.save()                                  # a stop during the validation loses nothing
         scores = run.validate()
-        run.end_epoch(scores)                       # log.csv, curves.png, best.pt
+        run.end_epoch(scores)                       # log.csv, curves.png, best.pt; next epoch
         run.save()
 
 
@@ -131,6 +132,8 @@ def clip_gradients(run):
 
 
 CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
+RUN_STATE = {"optimizer", "scaler", "num_frames", "label_to_train", "epoch", "step", "loss_sum",
+             "seconds", "best_miou", "log"}         # what last.pt needs beside the weights
 
 
 class Stopped(Exception):
@@ -140,9 +143,14 @@ class Stopped(Exception):
 class Run:
     """A training run: its parts, its position, and everything around a step.
 
-    Position: `epoch` epochs are finished and logged; `step` steps are done. A run that is stopped
-    between the last step of an epoch and its log has step == (epoch + 1) * steps_per_epoch. Then
-    `batches` is empty, and the run continues with the validation.
+    `epoch` is the number of epochs that are complete and logged, `step` that of steps. If a run
+    was stopped during the validation, all steps of the epoch are done, but `epoch` does not count
+    it yet: `batches` yields nothing, and the run continues with the validation.
+
+    Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
+    optimizer, scaler, position, log), and all that is random follows from the position: the
+    order of the frames (`epoch_batches`), the crops (data.Cityscapes), stochastic depth
+    (`seed_step`). GPUs add up in varying order, so that there it holds up to rounding.
     """
 
     def __init__(self, args, device, stop):
@@ -167,7 +175,7 @@ class Run:
         self.images_per_s, self.data_wait = 0.0, 0.0
 
     def batches(self):
-        """Yield the batches of this epoch that are still to do, on the device.
+        """Yield the remaining batches of this epoch, on the device.
 
         images: uint8 N x 3 x H x W, target: uint8 N x H x W, this rank's share of --batch frames
         """
@@ -194,7 +202,8 @@ class Run:
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
-        if len(self.losses) == CHECK_EVERY or save or self.device.type == "cpu":
+        reading_is_free = self.device.type == "cpu"
+        if len(self.losses) == CHECK_EVERY or save or reading_is_free:
             self.check_losses()
             self.show_progress()
         if save:
@@ -219,15 +228,15 @@ class Run:
         for step, loss in enumerate(losses.tolist(), start=first_step):
             if not math.isfinite(loss):
                 raise FloatingPointError(
-                    f"the loss of step {step + 1} is {loss}, on {', '.join(self.files(step))}; "
-                    "lower --lr, or try --amp off; last.pt is from before")
+                    f"the loss of step {step + 1} is {loss}, on {', '.join(self.images_of(step))}; "
+                    "lower --lr, or try --amp off; last.pt holds an earlier state")
             self.loss_sum += loss
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise FloatingPointError(f"the float16 gradients of step {self.step} and those before "
                                      "are not finite; use --amp off or bf16, or lower --lr")
 
-    def files(self, step):
-        """The images of a step, of all ranks."""
+    def images_of(self, step):
+        """The image files of a step, of all ranks."""
         epoch, i = divmod(step, self.steps_per_epoch)
         batches = epoch_batches(epoch, len(self.train_set), self.args.batch, self.args.seed)
         return [str(self.train_set.images[k % len(self.train_set)]) for k in batches[i]]
@@ -241,11 +250,11 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         share = range(rank(), len(self.val_set), world_size())
-        frames_of_all = len(self.val_set) // world_size()       # some ranks have one frame more
+        common = len(self.val_set) // world_size()  # frames that every rank has; some have one more
 
         def stop_if_asked(index, *frame):
-            # Only for frames that all ranks have: on_any_rank waits for all of them.
-            if index < frames_of_all and on_any_rank(self.stop.requested):
+            # on_any_rank waits for all ranks, so none may call it more often than the others.
+            if index < common and on_any_rank(self.stop.requested):
                 raise Stopped
 
         if world_size() > 1:
@@ -256,7 +265,7 @@ class Run:
         if world_size() > 1:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
-            raise ValueError(f"{self.args.data}: the validation labels hold none of the 19 classes")
+            raise ValueError(f"{self.args.data}: the validation labels hold none of the classes")
         return summarize(matrix.cpu())
 
     def end_epoch(self, scores):
@@ -298,7 +307,7 @@ class Run:
 
     def show_progress(self):
         """On a terminal, update one line that shows the step of the epoch."""
-        if is_rank_0() and sys.stdout.isatty():
+        if rank() == 0 and sys.stdout.isatty():
             done = self.step - self.epoch * self.steps_per_epoch
             print(f"\r\033[Kepoch {self.epoch + 1}/{self.args.epochs}  "
                   f"step {done}/{self.steps_per_epoch} ", end="", flush=True)
@@ -311,18 +320,18 @@ class Run:
         finite = [value.isfinite().all() for value in self.model.state_dict().values()]
         if not torch.stack(finite).all():
             raise FloatingPointError(f"the weights are not finite after step {self.step}; lower "
-                                     "--lr, or try --amp off; last.pt is from before")
+                                     "--lr, or try --amp off; last.pt holds an earlier state")
         self.saved_at = time.monotonic()
         self.save_as("last.pt", {
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "frames": len(self.train_set), "step": self.step, "loss_sum": self.loss_sum,
+            "num_frames": len(self.train_set), "step": self.step, "loss_sum": self.loss_sum,
             "seconds": self.saved_at - self.began, "best_miou": self.best_miou})
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
 
     def save_as(self, name, more):
         """Write a checkpoint: the weights, all that eval.py needs, and the dict `more`."""
-        if is_rank_0():
+        if rank() == 0:
             buffer = io.BytesIO()
             torch.save({"model": self.model.state_dict(), "settings": settings_of(self.args),
                         "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
@@ -333,16 +342,16 @@ class Run:
     def restore(self, path):
         """Continue from a last.pt."""
         last = load_checkpoint(path)
-        if "optimizer" not in last:
+        if not last.keys() >= RUN_STATE:
             raise ValueError(f"{path}: has a model, but not the state of a run; resume from the "
                              "last.pt beside it, or start a new run with --init")
-        if last["frames"] != len(self.train_set):
+        if last["num_frames"] != len(self.train_set):
             raise ValueError(f"{self.args.data}: has {len(self.train_set)} training frames, but "
-                             f"the run of {path} began with {last['frames']}")
+                             f"the run of {path} began with {last['num_frames']}")
         if last["label_to_train"] != LABEL_TO_TRAIN.tolist():
             raise ValueError(f"{path}: LABEL_TO_TRAIN in data.py has changed since this run began, "
                              "so that its scores would not compare; start a new run")
-        load_weights(self.model, last, path)
+        load_weights(self.model, self.args.model, last, path)
         self.optimizer.load_state_dict(last["optimizer"])
         if self.scaler.is_enabled() and last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
@@ -362,7 +371,7 @@ class Run:
 
         On Windows, for example, a file cannot be replaced while a spreadsheet has it open.
         """
-        if not is_rank_0():
+        if not rank() == 0:
             return
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.log[0])
@@ -397,7 +406,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     """
-    # Not the random stream of a sample, (seed, epoch, index): there, index < num_frames.
+    # The stream of a sample is (seed, epoch, index). num_frames is not an index, so they differ.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -432,10 +441,10 @@ def build_network(args):
     """The network with random, ImageNet (--pretrained) or a checkpoint's weights (--init)."""
     torch.manual_seed(args.seed)
     # Rank 0 alone loads them: DistributedDataParallel begins by copying its weights to all ranks.
-    pretrained = args.pretrained and not args.resume and is_rank_0()
+    pretrained = args.pretrained and not args.resume and rank() == 0
     model = build_model(args.model, len(CLASSES), pretrained)
     if args.init and not args.resume:
-        load_weights(model, load_checkpoint(args.init), args.init)
+        load_weights(model, args.model, load_checkpoint(args.init), args.init)
     return model
 
 
@@ -477,24 +486,8 @@ def build_optimizer(model, args):
 # ------------------------------------------------------------- processes and signals
 
 
-def rank():
-    """The number of this process under torchrun, else 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """The number of processes that torchrun started, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text):
-    """Print on rank 0."""
-    if is_rank_0():
-        print(text, flush=True)
-
-
-def join_processes(args):
-    """Join the process group if torchrun started several -> the device of this process."""
+def set_up_device(args):
+    """Set up the device of this process, and its process group if torchrun started several."""
     world = int(os.environ.get("WORLD_SIZE") or 1)
     if world > 1 and not os.environ.get("LOCAL_RANK"):
         raise ValueError("WORLD_SIZE is set, but LOCAL_RANK is not; start several processes with "
@@ -510,7 +503,7 @@ def join_processes(args):
 
 def from_rank_0(function):
     """Call the function on rank 0 only -> its result, on every rank."""
-    result = [function() if is_rank_0() else None]
+    result = [function() if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(result, 0)
     return result[0]
@@ -528,8 +521,9 @@ def on_any_rank(condition):
 class StopSignals:
     """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
 
-    The run then stops between two steps. Signals within two seconds count as one, as torchrun and
-    SLURM may pass on a signal that a process has received already. A later one stops at once.
+    The run then stops after the step or the validation frame at hand. Signals within two seconds
+    count as one, as torchrun and SLURM may pass on a signal that a process has received already.
+    A later one stops at once.
     """
 
     def __init__(self):
@@ -551,15 +545,15 @@ class StopSignals:
         return self
 
     def __exit__(self, *error):
-        if self.requested:                          # a repeat must not kill the process while it
-            return                                  # ends, so this object goes on receiving
+        if self.requested:                          # keep our handlers while the process ends, as
+            return                                  # the signal may be repeated
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
 
 # ------------------------------------------------------------------------- the command line
 
-# Options that may be given anew on resume. All others make it another run.
+# Options that may be changed on resume. With another data, epochs or amp, results may differ.
 MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
 
 
@@ -572,7 +566,8 @@ def build_parser():
     p.add_argument("--data", metavar="FOLDER",
                    help="root of the data set (default: $CITYSCAPES_DATASET, else generated "
                    "scenes)")
-    p.add_argument("--model", choices=MODELS, help="(default: resnet34; for scenes resnet18)")
+    p.add_argument("--model", choices=MODELS,
+                   help="(default: resnet34; for scenes resnet18; with --init that of the file)")
     p.add_argument("--loss", choices=LOSSES, default="ce", help="(default: ce, cross-entropy)")
     p.add_argument("--class-weights", choices=["none", "enet", "median"], default="none",
                    help="weigh classes in the loss by their pixels (default: none)")
@@ -636,16 +631,17 @@ def parse_args(argv=None):
         last = Path(args.resume)
         saved = load_checkpoint(last)["settings"]
         saved["out"] = str(last.parent)
-        # Parse the saved options, then those of the command line: the last one counts.
+        # Parse the saved options first, then those of the command line, which replace them. Then
+        # refuse every change that is not in MAY_CHANGE.
         args = parser.parse_args(options_of(saved) + argv)
         args.resume = str(last)
         if Path(args.out).resolve() == last.parent.resolve():
             args.out = saved["out"]                 # the same folder, spelled differently
-        for name in saved:
-            if name not in MAY_CHANGE and getattr(args, name) != saved[name]:
-                option = "--" + name.replace("_", "-")
-                parser.error(f"{option} is {saved[name]} in {last}; leave this option out, or "
-                             "start a new run in another --out")
+        for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
+            before = saved.get(name, parser.get_default(name))
+            if getattr(args, name) != before:
+                parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
+                             "out, or start a new run in another --out")
     if args.scale and args.scale[0] > args.scale[1]:
         parser.error("--scale: MIN is larger than MAX")
     if args.init and args.pretrained:
@@ -708,6 +704,8 @@ def fill_defaults(args, defaults, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
+    if args.init:
+        default("model", load_checkpoint(args.init)["settings"]["model"])
     default("model", defaults["model"])
     spec = SPECS[args.model]
     default("pretrained", defaults["pretrained"] and spec.url is not None and not args.init)
@@ -744,7 +742,7 @@ def main(argv=None):
     """Run one command line (default: sys.argv) -> the rows of log.csv."""
     args = parse_args(argv)
     check_out(args)
-    device = join_processes(args)
+    device = set_up_device(args)
     generated = prepare_data(args)
     fill_defaults(args, SCENES_DEFAULTS if generated else CITYSCAPES_DEFAULTS, device)
     with StopSignals() as stop:
@@ -781,7 +779,7 @@ def describe(run):
             f"{len(run.val_set)} validation frames, crop {args.crop[0]} x {args.crop[1]}, "
             f"batch {args.batch}, {args.epochs} epochs, {run.device} {run.dtype or torch.float32}")
     if args.resume:
-        text += f", from step {run.step + 1} of {args.epochs * run.steps_per_epoch}"
+        text += f", resumed after {run.step} of {args.epochs * run.steps_per_epoch} steps"
     return text
 
 

@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(channels, width, stride)
+        self.downsample = shortcut(channels, width, stride)     # torchvision's name
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -97,7 +97,7 @@ class ResNet(nn.Module):
         self.layer2 = self.stage(block, 64 * e, 128, depths[1], stride=2)
         self.layer3 = self.stage(block, 128 * e, 256, depths[2], stride=2)
         self.layer4 = self.stage(block, 256 * e, 512, depths[3], stride=2)
-        self.channels = [64, 64 * e, 128 * e, 256 * e, 512 * e]         # of the returned maps
+        self.channels = [64, 64 * e, 128 * e, 256 * e, 512 * e]         # the channels of its maps
 
     @staticmethod
     def stage(block, channels, width, depth, stride):
@@ -163,7 +163,7 @@ class ConvNeXt(nn.Module):
 
     def __init__(self, depths, channels, drop_path=0.1):
         super().__init__()
-        self.channels = list(channels)              # of the returned maps
+        self.channels = list(channels)              # the channels of its maps
         self.downsample_layers = nn.ModuleList()
         self.downsample_layers.append(nn.Sequential(
             nn.Conv2d(3, channels[0], 4, stride=4), ChannelLayerNorm(channels[0], 1e-6)))
@@ -192,7 +192,7 @@ class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
     A U-Net enlarges the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
-    comes first. That of a concatenation is a sum of two:
+    comes first. A 1x1 convolution of a concatenation is the sum of two, one for each part:
 
         conv1x1([enlarge(x), s]) = A enlarge(x) + B s = enlarge(A x) + B s
 
@@ -291,7 +291,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s), z]. A method of its own, so that evaluation frees its large temporaries."""
+        """[linear2(s), z]. A separate method: z, s, f, i, g are freed when it returns."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -356,8 +356,8 @@ class ConvUNeXt(nn.Module):
 
 # To add an encoder, write a module with this contract and give it a row in SPECS:
 #   encoder.channels    list of ints: the channels of each map, finest first
-#   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of maps, finest
-#                       first, each half the size of the one before; the last has stride 32
+#   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of 2 to 5 maps,
+#                       finest first, each half the size of the one before, the last of stride 32
 # A row: how to build the model for a number of classes; the URL of ImageNet weights for its
 # encoder, or None; and train.py's default optimizer and batch. The batch needs less than 16 GB:
 # for each frame of 512 x 1024 in bfloat16, the backward pass keeps 0.3, 0.3, 0.6, 0.7 and 2.6
@@ -402,12 +402,14 @@ def build_model(name, num_classes=19, pretrained=False):
 def load_imagenet(encoder, url):
     """Load published ImageNet weights into `encoder`; torch.hub downloads and caches the file.
 
-    torchvision's file names end in a SHA-256 prefix, which torch.hub verifies. ConvNeXt's file
-    name has none, so that download is not verified. No file can run code (weights_only).
-    Raises OSError that names the URL and torch.hub's folder if the weights cannot be loaded.
+    torchvision's file names end in the beginning of a SHA-256 hash, which torch.hub verifies.
+    ConvNeXt's has none. No file can run code (weights_only). Raises OSError that names the URL
+    and torch.hub's folder if the weights cannot be loaded.
     """
     folder = f"{torch.hub.get_dir()}/checkpoints"
     classifier = ("fc.", "norm.", "head.")          # not part of the encoder
+    if torch.hub.HASH_REGEX.search(url) is None:
+        print(f"{url}: has no hash in its name, so that the download is not verified", flush=True)
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
@@ -461,7 +463,7 @@ class FastDepthwise(torch.autograd.Function):
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
         for first, columns in (0, 3), (3, 3), (6, 1):           # of the kernel
-            end = first + columns - 1 + grad.shape[3]           # of the input that they multiply
+            end = first + columns - 1 + grad.shape[3]           # of the input columns they see
             part = conv2d_weight(x[..., first:end], (channels, 1, 7, columns), grad,
                                  groups=channels)
             parts.append(part)
