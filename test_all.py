@@ -1291,6 +1291,12 @@ def test_ranks_share_batches_and_validation_frames():
     assert sorted(trained) == list(range(6)) and sorted(validated) == list(range(7))
 
 
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=3)
+    with as_rank(0, 2):
+        assert "2 processes" in raises(ValueError, train.build_data_and_loss, args, None)
+
+
 def test_ranks_and_steps_draw_different_numbers():
     def draw(number, step):
         with as_rank(number):
