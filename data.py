@@ -99,7 +99,7 @@ def read_picture(path, formats):
         return picture
     except Exception as error:                      # Pillow raises errors of many kinds
         raise OSError(f"{path}: cannot read this picture ({error}); "
-                      f"it must be a whole {' or '.join(formats)} file") from error
+                      f"it must be a complete {' or '.join(formats)} file") from error
 
 
 def read_image(path):
@@ -176,9 +176,9 @@ class Cityscapes(torch.utils.data.Dataset):
     copyblob: strength of CopyBlob in [0, 1]; 0 is off, 1 pastes as often as `paste_rates` says
     scale: (min, max), range of the random zoom before a crop
 
-    Item k is frame `index` in an epoch, k = epoch * len + index, so that a frame has new random
-    numbers in each epoch. A split other than train and val may have no labels; then all pixels
-    are 255. Raises FileNotFoundError that says which files are missing.
+    In later epochs, items are numbered on: item k is frame k % len in epoch k // len, so a frame
+    has new random numbers in each epoch. A split other than train and val may have no labels; then
+    all pixels are 255. Raises FileNotFoundError that says which files are missing.
     """
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
@@ -211,7 +211,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch; else a loop would never end
+    def __iter__(self):                             # one epoch; indexing never raises IndexError
         for index in range(len(self)):
             yield self[index]
 
@@ -320,8 +320,8 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
         |          w/zoom         |                    +--------------+
         +-------------------------+                           w
 
-    The logarithm of `zoom` is uniform in `scale`, so that (0.5, 2) enlarges as often as it
-    reduces. A window that is larger than the frame is padded with the mean color, and with 255
+    `zoom` is log-uniform between scale[0] and scale[1]: (0.5, 2) enlarges as often as it reduces.
+    A window that is larger than the frame is padded with the mean color, and with 255
     (ignored) in the label.
     """
     height, width = crop
@@ -439,21 +439,27 @@ def mirror(blob):
                 blob.image.width - 1 - blob.foot, -blob.side, blob.drop)
 
 
+def scale_at(y, label, blob):
+    """The scale of a blob whose foot is moved to row y of a frame."""
+    return (y + 1 - HORIZON * label.height) / blob.drop
+
+
 def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
-    The scale there is between 0.5 and 2. Of four random places, the one is taken that moves the
-    blob least to the side, so that what stood at the curb stays near the curb.
+    The scale is between 0.5 and 2. Of four random places, the one is taken where the distance from
+    the middle of the street, divided by the scale, is most like the blob's own: what stood at the
+    curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
     ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
-    scales = (ys + 1 - HORIZON * label.height) / blob.drop
+    scales = scale_at(ys, label, blob)
     fitting = np.flatnonzero((scales > 0.5) & (scales < 2))
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
-    sides = np.abs(xs[four] - label.width / 2) / scales[four]       # as in the blob's own frame
+    sides = np.abs(xs[four] - label.width / 2) / scales[four]
     best = four[np.argmin(np.abs(sides - abs(blob.side)))]
     return int(xs[best]), int(ys[best])
 
@@ -474,7 +480,7 @@ def copy_blob(image, label, blob, rng):
     x, y = place
     if (x < label.width / 2) != (blob.side < 0):    # it stood on the other side of the street
         blob = mirror(blob)
-    scale = (y + 1 - HORIZON * label.height) / blob.drop
+    scale = scale_at(y, label, blob)
     width, height = round(scale * blob.image.width), round(scale * blob.image.height)
     left, top = x - int(scale * blob.foot), y + 1 - height
 

@@ -392,158 +392,6 @@ def curves_picture(logs):
     return picture
 
 
-# ------------------------------------------------- devices and messages, for train.py as well
-
-def pick_device(name="auto"):
-    """A torch.device by name; "auto" is cuda if there is one, else mps, else cpu.
-
-    Under torchrun, each process takes the GPU of its LOCAL_RANK. Raises ValueError if the device
-    cannot be used.
-    """
-    if name == "auto":
-        name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(device)           # first, or GPU 0 is opened as well
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
-    return device
-
-
-def pick_amp(name, device):
-    """The dtype for autocast: torch.bfloat16, torch.float16, or None for float32 throughout.
-
-    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
-    if it has matrix units for it (AMX). Raises ValueError if the device has no bfloat16.
-    """
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        automatic = "bf16" if has_bf16 else "fp16"
-    elif device.type == "cpu":
-        has_bf16 = True
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        automatic = "bf16" if capabilities.get("amx_bf16") else "off"
-    else:
-        has_bf16 = False
-        automatic = "off"
-    if name == "auto":
-        name = automatic
-    if name == "bf16" and not has_bf16:
-        raise ValueError(f"--amp bf16: {device.type} has no bfloat16 here; use --amp auto")
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-def autocast(device, dtype):
-    """The autocast context for a dtype of `pick_amp`; for None it does nothing."""
-    if dtype is None:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype)
-
-
-def default_workers(device):
-    """Worker processes of a DataLoader: this process's share of the CPU cores, at most 8.
-
-    0 if the network itself runs on the CPU, which then has no core to spare.
-    """
-    if device.type == "cpu":
-        return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)    # of torchrun on this machine
-    return max(1, min(8, usable_cores() // processes))
-
-
-def usable_cores():
-    """CPU cores that this process may use: its affinity, and on Linux a container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):                   # no such file, or the quota is "max"
-        pass
-    return max(1, cores)
-
-
-def rank():
-    """The number of this process under torchrun, else 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """The number of processes that torchrun started, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text):
-    """Print on rank 0."""
-    if rank() == 0:
-        print(text, flush=True)
-
-
-def progress(items, what):
-    """Yield the items. On a terminal, one line that is updated in place counts them."""
-    start = time.monotonic()
-    live = sys.stdout.isatty() and rank() == 0
-    for number, item in enumerate(items, start=1):
-        yield item
-        if live:
-            rate = number / (time.monotonic() - start)
-            print(f"\r{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
-    if live:
-        print("\r\033[K", end="", flush=True)
-
-
-def number_in(low, high, kind=float):
-    """A type for argparse: numbers of a kind between `low` and `high`."""
-    def convert(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-    convert.__name__ = kind.__name__                # in argparse's message: invalid int value
-    return convert
-
-
-def command_line(main):
-    """Run main(). An error that the user can correct ends in one line and exit status 2.
-
-    To see the traceback of such an error: python -X dev train.py ...
-    """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        message = advice(error)
-        if message is None or sys.flags.dev_mode:
-            raise
-    finally:
-        ignore_stop_signals()                       # a repeated signal must not change the status
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def advice(error):
-    """What to tell the user about an exception, in one line; None for a bug."""
-    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
-        return ("out of memory: lower --workers (in a container, raise --shm-size); "
-                "for training, lower --batch or --crop, or choose a smaller --model")
-    if isinstance(error, (OSError, ValueError, FloatingPointError)):
-        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
-        return re.sub(r"^\w+Error: ", "", message)
-    return None
-
-
 # ------------------------------------------------------------------------------- the commands
 
 
@@ -644,7 +492,7 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", nargs="+", metavar="BEST_PT",
                    help="one or more checkpoints of train.py")
     p.add_argument("--data", type=Path, metavar="FOLDER",
-                   help="root of the data set (default: the one of the training)")
+                   help="root of the dataset (default: the one of the training)")
     p.add_argument("--split", default="val", metavar="NAME",
                    help="split to evaluate: train, val, test or another folder (default: val)")
     p.add_argument("--out", type=Path, default=Path("eval"), metavar="FOLDER",
@@ -720,6 +568,160 @@ def main(argv=None):
         curves_picture(logs).save(args.out / "curves.png")
     print(f"\nresults: {args.out}/")
     return results
+
+
+# ----------------------------- support for train.py and eval.py: devices, processes, messages
+
+def pick_device(name="auto"):
+    """A torch.device by name; "auto" is cuda if there is one, else mps, else cpu.
+
+    Under torchrun, each process takes the GPU of its LOCAL_RANK. Raises ValueError if the device
+    cannot be used.
+    """
+    if name == "auto":
+        name = "cpu"
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(device)           # first, or GPU 0 is opened as well
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+    return device
+
+
+def pick_amp(name, device):
+    """The dtype for autocast: torch.bfloat16, torch.float16, or None for float32 throughout.
+
+    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
+    if it has matrix units for it (AMX). Raises ValueError if the device has no bfloat16.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        automatic = "bf16" if has_bf16 else "fp16"
+    elif device.type == "cpu":
+        has_bf16 = True
+        automatic = "off"
+        if hasattr(torch.cpu, "get_capabilities"):  # old versions of torch have none
+            if torch.cpu.get_capabilities().get("amx_bf16"):
+                automatic = "bf16"
+    else:
+        has_bf16 = False
+        automatic = "off"
+    if name == "auto":
+        name = automatic
+    if name == "bf16" and not has_bf16:
+        raise ValueError(f"--amp bf16: {device.type} has no bfloat16 here; use --amp auto")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def autocast(device, dtype):
+    """The autocast context for a dtype of `pick_amp`; for None it does nothing."""
+    if dtype is None:
+        return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, dtype)
+
+
+def default_workers(device):
+    """Worker processes of a DataLoader: this process's share of the CPU cores, at most 8.
+
+    0 if the network itself runs on the CPU, which then has no core to spare.
+    """
+    if device.type == "cpu":
+        return 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)    # of torchrun on this machine
+    return max(1, min(8, usable_cores() // processes))
+
+
+def usable_cores():
+    """CPU cores that this process may use: its affinity, and on Linux a container's quota."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):                   # no such file, or the quota is "max"
+        pass
+    return max(1, cores)
+
+
+def rank():
+    """The number of this process under torchrun, else 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes that torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def progress(items, what):
+    """Yield the items. On a terminal, one line that is updated in place counts them."""
+    start = time.monotonic()
+    live = sys.stdout.isatty() and rank() == 0
+    for number, item in enumerate(items, start=1):
+        yield item
+        if live:
+            rate = number / (time.monotonic() - start)
+            print(f"\r{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
+    if live:
+        print("\r\033[K", end="", flush=True)
+
+
+def number_in(low, high, kind=float):
+    """A type for argparse: numbers of a kind between `low` and `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    convert.__name__ = kind.__name__                # in argparse's message: invalid int value
+    return convert
+
+
+def command_line(main):
+    """Run main(). An error that the user can correct ends in one line and exit status 2.
+
+    To see the traceback of such an error: python -X dev train.py ...
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        message = advice(error)
+        if message is None or sys.flags.dev_mode:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        ignore_stop_signals()                       # a repeated signal must not change the status
+
+
+def advice(error):
+    """What to tell the user about an exception, in one line; None for a bug."""
+    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
+        return ("out of memory: lower --workers (in a container, raise --shm-size); "
+                "for training, lower --batch or --crop, or choose a smaller --model")
+    if isinstance(error, (OSError, ValueError, FloatingPointError)):
+        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
+        return re.sub(r"^\w+Error: ", "", message)
+    return None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def cross_entropy(logits, target, weights):
 
     logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0
     """
-    nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
+    nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")    # 0 if ignored
     return _pixel_mean(nll, target, weights)
 
 
@@ -47,7 +47,9 @@ def focal(logits, target, weights, gamma=2.0):
 
 
 def dice(logits, target, weights):
-    """Soft Dice loss: 1 - sum_c w_c D_c / sum_c w_c, D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic).
+    """Soft Dice loss: 1 - sum_c w_c D_c / sum_c w_c, a weighted mean over the classes c, where
+
+        D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic)
 
     i runs over the labeled pixels of the whole batch, c over the classes of those pixels: a
     class that is absent from the batch is skipped. t is the one-hot truth, p the softmax. Shapes

@@ -43,8 +43,8 @@ from unet import MODELS, SPECS, build_model
 
 # ----------------------------------------------------------------------------------- defaults
 
-# For real frames: the usual settings of published Cityscapes trainings, on a GPU of 16 GB.
-# SGD's rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
+# For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
+# SGD's default rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
 CITYSCAPES_DEFAULTS = {
     "model": "resnet34",
     "pretrained": True,                 # ImageNet weights, if there are any for the model
@@ -132,8 +132,6 @@ def clip_gradients(run):
 
 
 CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
-RUN_STATE = {"optimizer", "scaler", "num_frames", "label_to_train", "epoch", "step", "loss_sum",
-             "seconds", "best_miou", "log"}         # what last.pt needs beside the weights
 
 
 class Stopped(Exception):
@@ -143,14 +141,14 @@ class Stopped(Exception):
 class Run:
     """A training run: its parts, its position, and everything around a step.
 
-    `epoch` is the number of epochs that are complete and logged, `step` that of steps. If a run
-    was stopped during the validation, all steps of the epoch are done, but `epoch` does not count
-    it yet: `batches` yields nothing, and the run continues with the validation.
+    `step` counts steps since the beginning of the run, `epoch` epochs that are complete and
+    logged. If a run was stopped during the validation, all steps of the epoch are done, but
+    `epoch` does not count it yet: `batches` yields nothing, and the validation follows.
 
     Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
     optimizer, scaler, position, log), and all that is random follows from the position: the
     order of the frames (`epoch_batches`), the crops (data.Cityscapes), stochastic depth
-    (`seed_step`). GPUs add up in varying order, so that there it holds up to rounding.
+    (`seed_step`). On a GPU the order of summation varies, so results match only up to rounding.
     """
 
     def __init__(self, args, device, stop):
@@ -162,8 +160,9 @@ class Run:
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.epoch, self.step = 0, 0
+        self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
         self.loss_sum, self.seconds = 0.0, 0.0      # of this epoch; of the whole run
+        self.began = time.monotonic()
         self.best_miou, self.log = -1.0, []
         if args.resume:
             self.restore(args.resume)
@@ -202,8 +201,8 @@ class Run:
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
-        reading_is_free = self.device.type == "cpu"
-        if len(self.losses) == CHECK_EVERY or save or reading_is_free:
+        on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
+        if len(self.losses) == CHECK_EVERY or save or on_cpu:
             self.check_losses()
             self.show_progress()
         if save:
@@ -253,7 +252,7 @@ class Run:
         common = len(self.val_set) // world_size()  # frames that every rank has; some have one more
 
         def stop_if_asked(index, *frame):
-            # on_any_rank waits for all ranks, so none may call it more often than the others.
+            # All ranks must call on_any_rank equally often, as each call waits for all of them.
             if index < common and on_any_rank(self.stop.requested):
                 raise Stopped
 
@@ -322,12 +321,17 @@ class Run:
             raise FloatingPointError(f"the weights are not finite after step {self.step}; lower "
                                      "--lr, or try --amp off; last.pt holds an earlier state")
         self.saved_at = time.monotonic()
-        self.save_as("last.pt", {
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "num_frames": len(self.train_set), "step": self.step, "loss_sum": self.loss_sum,
-            "seconds": self.saved_at - self.began, "best_miou": self.best_miou})
+        self.save_as("last.pt", self.state())
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
+
+    def state(self):
+        """All that changes during a run, besides the weights. `restore` reads it."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+                "epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum,
+                "seconds": time.monotonic() - self.began, "best_miou": self.best_miou,
+                "log": self.log, "num_frames": len(self.train_set),
+                "label_to_train": LABEL_TO_TRAIN.tolist()}
 
     def save_as(self, name, more):
         """Write a checkpoint: the weights, all that eval.py needs, and the dict `more`."""
@@ -342,7 +346,7 @@ class Run:
     def restore(self, path):
         """Continue from a last.pt."""
         last = load_checkpoint(path)
-        if not last.keys() >= RUN_STATE:
+        if not last.keys() >= self.state().keys():
             raise ValueError(f"{path}: has a model, but not the state of a run; resume from the "
                              "last.pt beside it, or start a new run with --init")
         if last["num_frames"] != len(self.train_set):
@@ -521,7 +525,7 @@ def on_any_rank(condition):
 class StopSignals:
     """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
 
-    The run then stops after the step or the validation frame at hand. Signals within two seconds
+    The run then stops after the current step or validation frame. Signals within two seconds
     count as one, as torchrun and SLURM may pass on a signal that a process has received already.
     A later one stops at once.
     """
@@ -553,7 +557,8 @@ class StopSignals:
 
 # ------------------------------------------------------------------------- the command line
 
-# Options that may be changed on resume. With another data, epochs or amp, results may differ.
+# Options that may be changed on resume. With a different --data, --epochs or --amp, the results
+# may differ.
 MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
 
 
@@ -564,13 +569,13 @@ def build_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     count, positive = number_in(1, 10**6, int), number_in(1e-9, 1e3)
     p.add_argument("--data", metavar="FOLDER",
-                   help="root of the data set (default: $CITYSCAPES_DATASET, else generated "
+                   help="root of the dataset (default: $CITYSCAPES_DATASET, else generated "
                    "scenes)")
     p.add_argument("--model", choices=MODELS,
                    help="(default: resnet34; for scenes resnet18; with --init that of the file)")
     p.add_argument("--loss", choices=LOSSES, default="ce", help="(default: ce, cross-entropy)")
     p.add_argument("--class-weights", choices=["none", "enet", "median"], default="none",
-                   help="weigh classes in the loss by their pixels (default: none)")
+                   help="weight classes in the loss by their pixels (default: none)")
     p.add_argument("--copyblob", type=number_in(0, 1), nargs="?", const=1.0, default=0.0,
                    metavar="S", help="paste rare classes into training frames, with a strength of "
                    "0 to 1 (default: 0, off; without a value 1)")
@@ -628,25 +633,33 @@ def parse_args(argv=None):
         last = Path(args.out) / "last.pt"
         args.resume = str(last) if last.exists() else None
     if args.resume:
-        last = Path(args.resume)
-        saved = load_checkpoint(last)["settings"]
-        saved["out"] = str(last.parent)
-        # Parse the saved options first, then those of the command line, which replace them. Then
-        # refuse every change that is not in MAY_CHANGE.
-        args = parser.parse_args(options_of(saved) + argv)
-        args.resume = str(last)
-        if Path(args.out).resolve() == last.parent.resolve():
-            args.out = saved["out"]                 # the same folder, spelled differently
-        for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
-            before = saved.get(name, parser.get_default(name))
-            if getattr(args, name) != before:
-                parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
-                             "out, or start a new run in another --out")
+        args = parse_resumed(parser, argv, Path(args.resume))
     if args.scale and args.scale[0] > args.scale[1]:
         parser.error("--scale: MIN is larger than MAX")
     if args.init and args.pretrained:
         parser.error("--init and --pretrained exclude each other")
     args.made_by = provenance(argv)
+    return args
+
+
+def parse_resumed(parser, argv, last):
+    """The options of the run of a last.pt, with those of the command line in their place.
+
+    Saved "--loss ce --epochs 10" and "--resume last.pt --epochs 20" become "--loss ce --epochs 10
+    --resume last.pt --epochs 20", of which argparse takes the last value. A change of an option
+    that is not in MAY_CHANGE is an error.
+    """
+    saved = load_checkpoint(last)["settings"]
+    saved["out"] = str(last.parent)
+    args = parser.parse_args(options_of(saved) + argv)
+    args.resume = str(last)
+    if Path(args.out).resolve() == last.parent.resolve():
+        args.out = saved["out"]                     # the same folder, spelled differently
+    for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
+        before = saved.get(name, parser.get_default(name))
+        if getattr(args, name) != before:
+            parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
+                         "out, or start a new run in another --out")
     return args
 
 
@@ -700,28 +713,28 @@ def prepare_data(args):
 
 def fill_defaults(args, defaults, device):
     """Give every option that was not set its default; `defaults` is a table from the top."""
-    def default(name, value):
+    def set_if_none(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
     if args.init:
-        default("model", load_checkpoint(args.init)["settings"]["model"])
-    default("model", defaults["model"])
+        set_if_none("model", load_checkpoint(args.init)["settings"]["model"])
+    set_if_none("model", defaults["model"])
     spec = SPECS[args.model]
-    default("pretrained", defaults["pretrained"] and spec.url is not None and not args.init)
-    default("epochs", defaults["epochs"])
-    default("batch", min(defaults["batch"], spec.batch))
-    default("scale", defaults["scale"])
+    set_if_none("pretrained", defaults["pretrained"] and spec.url is not None and not args.init)
+    set_if_none("epochs", defaults["epochs"])
+    set_if_none("batch", min(defaults["batch"], spec.batch))
+    set_if_none("scale", defaults["scale"])
     if args.crop is None:
         height, width = Cityscapes(args.data, "val")[0][1].shape
         args.crop = [max(64, min(defaults["crop"][0], height)),
                      max(64, min(defaults["crop"][1], width))]
-    default("optimizer", spec.optimizer)
+    set_if_none("optimizer", spec.optimizer)
     for name, value in OPTIMIZER_DEFAULTS[args.optimizer].items():
-        default(name, value)
+        set_if_none(name, value)
     if args.optimizer == "sgd":
-        default("lr", defaults["sgd_lr_per_frame"] * args.batch)
-    default("workers", default_workers(device))
+        set_if_none("lr", defaults["sgd_lr_per_frame"] * args.batch)
+    set_if_none("workers", default_workers(device))
 
 
 def check_out(args):

@@ -235,7 +235,7 @@ class UNet(nn.Module):
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % 32, 0, -height % 32))     # -width % 32: missing to a multiple
+        x = F.pad(x, (0, -width % 32, 0, -height % 32))     # -width % 32: to the next multiple
         padded_size = x.shape[-2:]
         *skips, x = self.encoder(x)
         for up, skip in zip(self.ups, reversed(skips)):
@@ -360,22 +360,22 @@ class ConvUNeXt(nn.Module):
 #                       finest first, each half the size of the one before, the last of stride 32
 # A row: how to build the model for a number of classes; the URL of ImageNet weights for its
 # encoder, or None; and train.py's default optimizer and batch. The batch needs less than 16 GB:
-# for each frame of 512 x 1024 in bfloat16, the backward pass keeps 0.3, 0.3, 0.6, 0.7 and 2.6
-# GiB of activations (counted with torch.autograd.graph.saved_tensors_hooks).
+# the comment of a row is the memory of the activations that the backward pass needs, for a frame
+# of 512 x 1024 in bfloat16 (counted with torch.autograd.graph.saved_tensors_hooks).
 Spec = namedtuple("Spec", "build url optimizer batch")
 TORCHVISION = "https://download.pytorch.org/models"
 CONVNEXT = "https://dl.fbaipublicfiles.com/convnext"
 SPECS = {
     "resnet18": Spec(lambda classes: UNet(ResNet(BasicBlock, (2, 2, 2, 2)), classes),
-                     f"{TORCHVISION}/resnet18-f37072fd.pth", "sgd", 8),
+                     f"{TORCHVISION}/resnet18-f37072fd.pth", "sgd", 8),            # 0.3 GiB
     "resnet34": Spec(lambda classes: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet34-b627a593.pth", "sgd", 8),
+                     f"{TORCHVISION}/resnet34-b627a593.pth", "sgd", 8),            # 0.3 GiB
     "resnet50": Spec(lambda classes: UNet(ResNet(Bottleneck, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet50-11ad3fa6.pth", "sgd", 8),
+                     f"{TORCHVISION}/resnet50-11ad3fa6.pth", "sgd", 8),            # 0.6 GiB
     "convnext_tiny": Spec(
         lambda classes: UNet(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), classes),
-        f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),
-    "convunext": Spec(ConvUNeXt, None, "sgd", 4),
+        f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),           # 0.7 GiB
+    "convunext": Spec(ConvUNeXt, None, "sgd", 4),                       # 2.6 GiB
 }
 MODELS = list(SPECS)
 
@@ -403,8 +403,8 @@ def load_imagenet(encoder, url):
     """Load published ImageNet weights into `encoder`; torch.hub downloads and caches the file.
 
     torchvision's file names end in the beginning of a SHA-256 hash, which torch.hub verifies.
-    ConvNeXt's has none. No file can run code (weights_only). Raises OSError that names the URL
-    and torch.hub's folder if the weights cannot be loaded.
+    ConvNeXt's has none. Loading cannot execute code (weights_only). Raises OSError that names the
+    URL and torch.hub's folder if the weights cannot be loaded.
     """
     folder = f"{torch.hub.get_dir()}/checkpoints"
     classifier = ("fc.", "norm.", "head.")          # not part of the encoder
