@@ -1649,6 +1649,21 @@ def test_a_second_signal_within_two_seconds_is_the_same_request():
         raises(KeyboardInterrupt, stop.receive, signal.SIGTERM, None)
 
 
+def test_a_repeated_signal_does_not_change_how_a_run_ends():
+    before = signal.getsignal(signal.SIGTERM)
+    with train.StopSignals():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before
+    with train.StopSignals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == stop.receive         # until the process has ended
+    for number in stop.handlers:
+        signal.signal(number, stop.handlers[number])
+    with mock.patch.object(evaluation, "ignore_stop_signals") as ignore:
+        raises(SystemExit, evaluation.command_line, mock.Mock(side_effect=KeyboardInterrupt))
+    assert ignore.called
+
+
 @mock.patch("train.build_model", tiny)
 def test_resume_refuses_what_would_change_the_run():
     last = whole_run() / "last.pt"
