@@ -580,6 +580,8 @@ def test_missing_and_unpaired_files_are_named():
     root, image, label = good_tree("unpaired")
     label.rename(label.with_name("ulm_000000_000002_gtFine_labelIds.png"))
     bad_frame(root, FileNotFoundError, "ulm_000000_000001", "ulm_000000_000002")
+    shutil.rmtree(root / "gtFine")
+    bad_frame(root, FileNotFoundError, "1 of 1 train frames have no label")
 
 
 def test_broken_files_are_named():
