@@ -77,7 +77,7 @@ PHOTO_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]          # not EPS: it ru
 
 
 def normalize(images):
-    """uint8 N x 3 x H x W -> float32 with ImageNet's mean and standard deviation removed.
+    """uint8 N x 3 x H x W -> float32, minus ImageNet's mean, divided by its standard deviation.
 
     Stays on the device of `images`. The result is in channels_last memory format, which
     convolutions process fastest.
@@ -126,43 +126,36 @@ def read_label(path):
     A file named *_gtFine_labelTrainIds.png holds train ids already; any other holds label ids.
     Raises OSError or ValueError that names the file.
     """
-    label = read_ids(path)
-    if str(path).endswith(TRAIN_IDS_END):
-        return label
-    return label.point(LABEL_TO_TRAIN.tolist())
-
-
-def read_ids(path):
-    """Read a label PNG as it is -> Pillow image (mode L). Raises the errors of `read_label`."""
     label = read_picture(path, ["PNG"])
     if label.mode != "L":
         raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
                          "Cityscapes' *_gtFine_labelIds.png files, or save it as 8-bit grayscale")
-    largest = LAST_LABEL_ID
-    if str(path).endswith(TRAIN_IDS_END):
-        largest = len(CLASSES) - 1
-    pixels = label.histogram()                      # of each value, 256
+    pixels = np.array(label.histogram())            # of each value, 256
+    has_train_ids = str(path).endswith(TRAIN_IDS_END)
+    largest = len(CLASSES) - 1 if has_train_ids else LAST_LABEL_ID
     wrong = [value for value in range(largest + 1, 255) if pixels[value] > 0]
     if wrong:
         raise ValueError(f"{path}: has the values {wrong[:5]}, but ids are 0 ... {largest} or 255")
-    return label
+    if has_train_ids:
+        return label
+    check_label_ids(path, pixels)
+    return label.point(LABEL_TO_TRAIN.tolist())
 
 
-def check_label_ids(paths):
-    """Raise ValueError if files named as label ids seem to hold train ids; reads 20 of them.
+def check_label_ids(path, pixels):
+    """Raise ValueError if a file of label ids seems to hold train ids; pixels: int 256, by value.
 
-    Label files of streets have ids of 19 ... 33 (vegetation, sky, people, vehicles). Train ids end
-    at 18, and at least three of 0 ... 6 (road, sidewalk, building, ...) are in use.
+    Label ids 0 ... 6 are leftovers (unlabeled, static, ...) in a small part of a frame, and nearly
+    every street has vegetation, sky, people or vehicles, 21 ... 33. Train ids have road, sidewalk
+    and building at 0 ... 2, and nothing above 18, or 19 if that stands for ignored.
     """
-    pixels = np.zeros(256, np.int64)
-    for i in np.linspace(0, len(paths) - 1, min(20, len(paths))).astype(int):
-        pixels += read_ids(paths[i]).histogram()
-    nothing_above_18 = pixels[19:255].sum() == 0
-    some_of_7_to_18 = pixels[7:19].sum() > 0        # Cityscapes' test labels have none
-    several_of_0_to_6 = (pixels[:7] > 0).sum() >= 3
-    if nothing_above_18 and some_of_7_to_18 and several_of_0_to_6:
-        raise ValueError(f"{paths[0]}: this file and those beside it seem to hold train ids "
-                         f"instead of label ids; name such files *{TRAIN_IDS_END}")
+    low, middle, high = pixels[:7], pixels[7:19], pixels[20:255]
+    several_low = (low > 0).sum() >= 2
+    much_low = low.sum() > middle.sum() / 2
+    has_middle = middle.sum() > 0                   # Cityscapes' test labels have none
+    if several_low and much_low and has_middle and high.sum() == 0:
+        raise ValueError(f"{path}: seems to hold train ids instead of label ids; "
+                         f"name such files *{TRAIN_IDS_END}")
 
 
 # ------------------------------------------------------------------------------------ dataset
@@ -186,8 +179,7 @@ class Cityscapes(torch.utils.data.Dataset):
         self.split, self.crop, self.scale, self.seed = split, crop, scale, seed
         images = find_files(self.root / "leftImg8bit" / split, "_leftImg8bit.png")
         labels = find_files(self.root / "gtFine" / split, "_gtFine_labelIds.png")
-        has_label_ids = bool(labels)
-        if not has_label_ids:
+        if not labels:
             labels = find_files(self.root / "gtFine" / split, TRAIN_IDS_END)
         if not images:
             raise FileNotFoundError(
@@ -199,8 +191,6 @@ class Cityscapes(torch.utils.data.Dataset):
         self.has_labels = len(labels) > 0
         if self.has_labels or split in ("train", "val"):        # these two must have labels
             check_pairs(self.root, split, images, labels)
-        if has_label_ids:
-            check_label_ids(list(labels.values()))
         self.images = list(images.values())
         self.labels = [labels.get(name) for name in images]
         self.frames = [name.split("/")[1] for name in images]
@@ -267,8 +257,8 @@ def check_pairs(root, split, images, labels):
         examples = ", ".join((no_label + no_image)[:3])
         raise FileNotFoundError(
             f"{root}: {len(no_label)} of {len(images)} {split} frames have no label, and "
-            f"{len(no_image)} labels have no frame (for example {examples}); "
-            "unpack both archives again")
+            f"{len(no_image)} labels have no frame (for example {examples}); labels must be named "
+            f"*_gtFine_labelIds.png, or all of them *{TRAIN_IDS_END}")
 
 
 def make_loader(dataset, workers, **options):
@@ -360,7 +350,7 @@ def jitter(image, rng):
     With gray = 0.299 R + 0.587 G + 0.114 B:
         y = saturation * x + (1 - saturation) * gray
         z = brightness * (contrast * (y - 128) + 128)
-    Both are linear in R, G, B, so that one 3 x 4 color matrix applies them in one pass.
+    Both are affine in R, G, B, so one 3 x 4 color matrix does both.
     """
     brightness, contrast, saturation = rng.uniform(1 - JITTER, 1 + JITTER, 3)
     gray = np.tile([0.299, 0.587, 0.114], (3, 1))
@@ -384,9 +374,10 @@ def jitter(image, rng):
 #                              +---x---/---------+        x: the foot, the blob's lowest point
 #                                  |<--- side -->|
 #
-# On a flat street, an object whose foot is `drop` pixels below the horizon appears
-# drop * (height of the object / height of the camera) pixels high. Moved along the street, its
-# width, height, side and drop all change by one factor, `scale`.
+# On a flat street, the horizon is at the height of the camera everywhere. So `drop` pixels at the
+# foot of an object are one camera height, and the object appears drop * (its height / the camera's
+# height) pixels high. Moved along the street, its width, height, side and drop all change by one
+# factor, `scale`.
 
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
@@ -408,8 +399,8 @@ def cut_blob(image, label, class_id, rng):
     not split it. Pieces below LEAST_SHARE are never cut. Larger pieces are cut more often.
 
     image, label: Pillow images, RGB and train ids (mode L)
-    Blob: image and mask are Pillow images (RGB and 1 bit); foot is the column of its lowest point;
-    side (negative to the left of V) and drop are the distances of the foot from V, in pixels
+    Blob: image and mask are Pillow images (RGB and 1 bit); foot is the column of its lowest point
+    in them; side (negative to the left of V) and drop are its distances from V in the frame
     """
     mask = np.asarray(label) == class_id
     height, width = mask.shape
@@ -478,7 +469,7 @@ def copy_blob(image, label, blob, rng):
     if place is None:
         return image, label
     x, y = place
-    if (x < label.width / 2) != (blob.side < 0):    # it stood on the other side of the street
+    if (x < label.width / 2) != (blob.side < 0):    # it is from the other side of the street
         blob = mirror(blob)
     scale = scale_at(y, label, blob)
     width, height = round(scale * blob.image.width), round(scale * blob.image.height)
@@ -488,7 +479,7 @@ def copy_blob(image, label, blob, rng):
     covered = np.asarray(label.crop((left, top, left + width, top + height)))
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
-    # A thing is nearer in the columns where it covers the lowest pixel of the blob.
+    # In each column, a thing that covers the lowest pixel of the blob is nearer than the blob.
     lowest_row = height - 1 - np.argmax(mask[::-1], axis=0)     # of the mask, for each column
     nearer = things[lowest_row, np.arange(width)]
     visible = Image.fromarray(mask & ~people & ~(things & nearer))

@@ -453,6 +453,8 @@ def check_unique(names, folder):
 def predict_photos(ckpt, args):
     """Write a color map and an overlay of each photo in --images -> the number of failures."""
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+    if not args.images.exists():
+        raise FileNotFoundError(f"{args.images}: no such file or folder of photos")
     files = [args.images]
     if not args.images.is_file():
         files = sorted(f for f in args.images.iterdir()

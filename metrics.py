@@ -1,4 +1,4 @@
-"""Scores for semantic segmentation, all read off one confusion matrix.
+"""Scores for semantic segmentation, all computed from one confusion matrix.
 
 m[i, j] is the number of pixels of true class i that were predicted as j. Sum the matrices of all
 images first, then score once: the mean of per-batch scores is a different, wrong number. IoU is

@@ -530,7 +530,8 @@ def test_train_ids_in_a_label_ids_file_are_noticed():
     for counts in ({0: 400, 1: 60, 2: 250, 8: 150, 10: 40, 13: 80, 255: 60},    # a street
                    {0: 300, 1: 40, 2: 300, 3: 20, 5: 15, 8: 90, 11: 20, 18: 5, 255: 50},
                    {0: 350, 2: 150, 4: 30, 5: 12, 6: 3, 7: 8, 10: 200},         # no sidewalk
-                   {0: 500, 1: 1, 2: 90, 8: 500}):
+                   {0: 350, 2: 200, 8: 250, 10: 100, 13: 100, 255: 60},
+                   {0: 500, 1: 60, 2: 90, 5: 10, 8: 300, 10: 90, 13: 30, 19: 70}):     # 19: ignored
         message = raises(ValueError, read_counts, counts)
         assert "labelTrainIds.png" in message and "gtFine/train/ulm/ulm_000000" in message
 
@@ -538,6 +539,7 @@ def test_train_ids_in_a_label_ids_file_are_noticed():
 def test_unusual_label_ids_are_read():
     for counts in ({1: 50, 3: 30, 4: 20, 7: 400, 8: 60, 11: 250, 21: 90, 23: 40, 26: 60},
                    {1: 200, 2: 20, 3: 100, 7: 50, 26: 20},                      # a dark frame
+                   {0: 10, 1: 60, 3: 20, 4: 10, 7: 400, 8: 90, 11: 250, 17: 20},        # a tunnel
                    {0: 100},
                    {0: 60, 7: 40},
                    {0: 5, 1: 10, 2: 5, 3: 80},                  # the dummies of the test split
@@ -615,7 +617,7 @@ def test_labels_of_the_wrong_kind_are_named():
 def test_decompression_bombs_are_refused():
     root, image, label = good_tree("bomb")
     with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 11):              # of 24; Pillow allows double
-        bad_frame(root, OSError, label, "decompression bomb")
+        bad_frame(root, OSError, image, "decompression bomb")
 
 
 def test_postscript_named_png_never_reaches_ghostscript():

@@ -95,7 +95,7 @@ def train(run):
     while run.epoch < args.epochs:
         run.network.train()
         for images, target in run.batches():        # the remaining ones of this epoch
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups:    # see build_optimizer
                 group["lr"] = learning_rate(args, run.step, run.steps_per_epoch, group["factor"])
             seed_step(args.seed, run.step)
 
@@ -118,7 +118,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # a hash of integers is always the same
+    torch.manual_seed(hash((seed, step, rank())))   # Python randomizes the hashes of strings only
 
 
 def clip_gradients(run):
@@ -143,7 +143,7 @@ class Run:
 
     `step` counts steps since the beginning of the run, `epoch` epochs that are complete and
     logged. If a run was stopped during the validation, all steps of the epoch are done, but
-    `epoch` does not count it yet: `batches` yields nothing, and the validation follows.
+    `epoch` is not yet increased: `batches` yields nothing, and the validation follows.
 
     Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
     optimizer, scaler, position, log), and all that is random follows from the position: the
@@ -252,7 +252,7 @@ class Run:
         common = len(self.val_set) // world_size()  # frames that every rank has; some have one more
 
         def stop_if_asked(index, *frame):
-            # All ranks must call on_any_rank equally often, as each call waits for all of them.
+            # A rank that calls on_any_rank once more than the others would wait forever.
             if index < common and on_any_rank(self.stop.requested):
                 raise Stopped
 
@@ -346,9 +346,10 @@ class Run:
     def restore(self, path):
         """Continue from a last.pt."""
         last = load_checkpoint(path)
-        if not last.keys() >= self.state().keys():
-            raise ValueError(f"{path}: has a model, but not the state of a run; resume from the "
-                             "last.pt beside it, or start a new run with --init")
+        missing = self.state().keys() - last.keys()
+        if missing:
+            raise ValueError(f"{path}: has a model, but not {', '.join(sorted(missing))} of a run; "
+                             "resume from the last.pt beside it, or start a new run with --init")
         if last["num_frames"] != len(self.train_set):
             raise ValueError(f"{self.args.data}: has {len(self.train_set)} training frames, but "
                              f"the run of {path} began with {last['num_frames']}")
@@ -410,7 +411,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     """
-    # The stream of a sample is (seed, epoch, index). num_frames is not an index, so they differ.
+    # A sample uses (seed, epoch, index) with index < num_frames, so no sample uses these numbers.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch

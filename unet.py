@@ -124,7 +124,7 @@ class ConvNeXtBlock(nn.Module):
 
     N x C x H x W -> N x C x H x W. `gamma` (layer scale) starts near 0, so that every block
     begins as the identity. In training, stochastic depth (Huang et al. 2016, arXiv 1603.09382)
-    leaves x as it is for each image with probability `drop_path`.
+    skips the block for each image with probability `drop_path`.
     """
 
     def __init__(self, channels, drop_path=0.0):
