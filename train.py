@@ -66,8 +66,8 @@ SCENES_DEFAULTS = {
 }
 # `encoder_lr` is a factor on the rate of a pretrained encoder.
 OPTIMIZER_DEFAULTS = {
-    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4, "clip_grad": 0.0},
-    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "clip_grad": 1.0, "lr": 0.001},
+    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
+    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001},
 }
 
 
@@ -597,8 +597,8 @@ def build_parser():
                    help="factor on --lr for a pretrained encoder (default: sgd 0.5, adamw 0.1)")
     p.add_argument("--weight-decay", type=number_in(0, 1e3), metavar="W",
                    help="(default: sgd 0.0005, adamw 0.01)")
-    p.add_argument("--clip-grad", type=number_in(0, 1e9), metavar="NORM",
-                   help="largest norm of the gradient; 0 is off (default: sgd 0, adamw 1)")
+    p.add_argument("--clip-grad", type=number_in(0, 1e9), default=0.0, metavar="NORM",
+                   help="largest norm of the gradient (default: 0, off)")
     p.add_argument("--pretrained", action=argparse.BooleanOptionalAction,
                    help="start from ImageNet weights (default: yes for real frames)")
     p.add_argument("--init", metavar="FILE",
