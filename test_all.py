@@ -1800,6 +1800,25 @@ def test_from_rank_0_calls_once_and_broadcasts():
     assert sent == ["result", None] and function.call_count == 1
 
 
+def test_rank_0_alone_counts_pixels_and_shows_progress():
+    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=2, copyblob=0,
+                     class_weights="enet", loss="ce")
+
+    def broadcast(objects, source):
+        objects[0] = np.ones((6, 19), np.int64)
+
+    with as_rank(1) as dist, mock.patch("train.class_pixels", side_effect=AssertionError):
+        dist.broadcast_object_list.side_effect = broadcast
+        train.build_data_and_loss(args, torch.device("cpu"))
+    for number in range(2):
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        with (contextlib.redirect_stdout(terminal),
+              mock.patch.object(evaluation, "rank", lambda: number)):
+            assert list(evaluation.progress([5, 6], "reading")) == [5, 6]
+        assert ("reading 2/2" in terminal.getvalue()) == (number == 0)
+
+
 def test_losses_are_averaged_over_ranks():
     run = ready_run()
     run.losses = [torch.tensor(1.0), torch.tensor(2.0)]
