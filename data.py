@@ -149,7 +149,7 @@ def check_label_ids(path, pixels):
     every street has vegetation, sky, people or vehicles, 21 ... 33. Train ids have road, sidewalk
     and building at 0 ... 2, and nothing above 18, or 19 if that stands for ignored.
     """
-    low, middle, high = pixels[:7], pixels[7:19], pixels[20:255]
+    low, middle, high = pixels[:7], pixels[7:19], pixels[20:255]            # not 19, see above
     several_low = (low > 0).sum() >= 2
     much_low = low.sum() > middle.sum() / 2
     has_middle = middle.sum() > 0                   # Cityscapes' test labels have none
@@ -169,8 +169,8 @@ class Cityscapes(torch.utils.data.Dataset):
     copyblob: strength of CopyBlob in [0, 1]; 0 is off, 1 pastes as often as `paste_rates` says
     scale: (min, max), range of the random zoom before a crop
 
-    In later epochs, items are numbered on: item k is frame k % len in epoch k // len, so a frame
-    has new random numbers in each epoch. A split other than train and val may have no labels; then
+    train.epoch_batches asks for k = epoch * len + frame, so a frame has new random numbers in each
+    epoch. A split other than train and val may have no labels; then
     all pixels are 255. Raises FileNotFoundError that says which files are missing.
     """
 
@@ -216,7 +216,10 @@ class Cityscapes(torch.utils.data.Dataset):
         return image, torch.from_numpy(np.array(label))
 
     def start_copyblob(self, strength, pixels):
-        """Paste blobs from now on. pixels: int frames x 19, of `class_pixels`."""
+        """Paste blobs from now on. pixels: int frames x 19, of `class_pixels`.
+
+        train.py calls this itself, so that rank 0 alone counts the pixels.
+        """
         self.rates = strength * paste_rates(pixels)
         self.blobs = collect_blobs(self, pixels, self.rates)
 
@@ -267,7 +270,7 @@ def make_loader(dataset, workers, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
             options["multiprocessing_context"] = "fork"
-        atexit.unregister(kill_workers)             # register it once
+        atexit.unregister(kill_workers)             # so that it is registered only once
         atexit.register(kill_workers)
     return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
 
@@ -362,7 +365,7 @@ def jitter(image, rng):
 
 # ----------------------------------------------------------------------------------- CopyBlob
 
-# Cityscapes has few pixels of wall, fence, bus and train, and networks miss these most. CopyBlob
+# Cityscapes has few pixels of wall, fence, bus and train, and networks often miss them. CopyBlob
 # cuts a blob, what one frame shows of such a class in a range of columns, moves it along the
 # street, and pastes it into another frame (assets/copyblob.png):
 #
@@ -387,7 +390,7 @@ IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
 HORIZON = 0.42          # its row / the height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at stride 32
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # of all labeled pixels: a class above this is not pasted
+RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
 PASTES = 3              # per frame that shows the class
 Blob = namedtuple("Blob", "class_id image mask foot side drop")
 
@@ -438,9 +441,9 @@ def scale_at(y, label, blob):
 def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
-    The scale is between 0.5 and 2. Of four random places, the one is taken where the distance from
-    the middle of the street, divided by the scale, is most like the blob's own: what stood at the
-    curb stays near the curb.
+    The scale is between 0.5 and 2. A blob that moves along the street by `scale` gets scale * side.
+    So of four random places, the one whose distance from the middle, divided by the scale, is most
+    like blob.side is taken: what stood at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
@@ -479,7 +482,8 @@ def copy_blob(image, label, blob, rng):
     covered = np.asarray(label.crop((left, top, left + width, top + height)))
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
-    # In each column, a thing that covers the lowest pixel of the blob is nearer than the blob.
+    # In each column, a thing that covers the lowest pixel of the blob touches the ground below it,
+    # so it is nearer to the camera than the blob.
     lowest_row = height - 1 - np.argmax(mask[::-1], axis=0)     # of the mask, for each column
     nearer = things[lowest_row, np.arange(width)]
     visible = Image.fromarray(mask & ~people & ~(things & nearer))

@@ -51,9 +51,9 @@ def dice(logits, target, weights):
 
         D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic)
 
-    i runs over the labeled pixels of the whole batch, c over the classes of those pixels: a
-    class that is absent from the batch is skipped. t is the one-hot truth, p the softmax. Shapes
-    as in `cross_entropy`; the result lies in [0, 1].
+    i runs over the labeled pixels of the batch (under torchrun, of this rank's share), c over the
+    classes of those pixels: a class that is absent from the batch is skipped. t is the one-hot
+    truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
     """

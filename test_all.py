@@ -1145,7 +1145,7 @@ def whole_run():
 
 
 def ready_run(*options):
-    """A tiny Run that has not begun its first step."""
+    """A tiny Run that has not begun its first step: what main() passes to train()."""
     with mock.patch("train.train") as begin:
         tiny_run(Path(tempfile.mkdtemp(dir=FOLDER)), *options)
     return begin.call_args.args[0]

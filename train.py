@@ -118,7 +118,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # Python randomizes the hashes of strings only
+    torch.manual_seed(hash((seed, step, rank())))   # of integers: the same in every process
 
 
 def clip_gradients(run):
@@ -132,6 +132,7 @@ def clip_gradients(run):
 
 
 CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
+POSITION = "epoch", "step", "loss_sum", "seconds", "best_miou", "log"       # attributes of a Run
 
 
 class Stopped(Exception):
@@ -162,7 +163,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
         self.loss_sum, self.seconds = 0.0, 0.0      # of this epoch; of the whole run
-        self.began = time.monotonic()
         self.best_miou, self.log = -1.0, []
         if args.resume:
             self.restore(args.resume)
@@ -199,6 +199,7 @@ class Run:
         self.step += 1
         self.losses.append(loss)
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        # Every rank must make both calls.
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
         on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
@@ -213,8 +214,8 @@ class Run:
     def check_losses(self):
         """Add the last losses to loss_sum. Raises FloatingPointError if one is not finite.
 
-        Also raises it if float16 gradients overflow at any scale: GradScaler then skips every
-        step, and the network does not learn.
+        Also raises it if float16 gradients always overflow. GradScaler then skips every step, so
+        the network does not learn, and halves its scale each time, from 65536 to below 1.
         """
         if not self.losses:
             return
@@ -321,17 +322,13 @@ class Run:
             raise FloatingPointError(f"the weights are not finite after step {self.step}; lower "
                                      "--lr, or try --amp off; last.pt holds an earlier state")
         self.saved_at = time.monotonic()
-        self.save_as("last.pt", self.state())
+        self.seconds = self.saved_at - self.began
+        position = {name: getattr(self, name) for name in POSITION}
+        self.save_as("last.pt", {
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "num_frames": len(self.train_set), **position})
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
-
-    def state(self):
-        """All that changes during a run, besides the weights. `restore` reads it."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "epoch": self.epoch, "step": self.step, "loss_sum": self.loss_sum,
-                "seconds": time.monotonic() - self.began, "best_miou": self.best_miou,
-                "log": self.log, "num_frames": len(self.train_set),
-                "label_to_train": LABEL_TO_TRAIN.tolist()}
 
     def save_as(self, name, more):
         """Write a checkpoint: the weights, all that eval.py needs, and the dict `more`."""
@@ -346,7 +343,7 @@ class Run:
     def restore(self, path):
         """Continue from a last.pt."""
         last = load_checkpoint(path)
-        missing = self.state().keys() - last.keys()
+        missing = {"optimizer", "scaler", "num_frames", "label_to_train", *POSITION} - last.keys()
         if missing:
             raise ValueError(f"{path}: has a model, but not {', '.join(sorted(missing))} of a run; "
                              "resume from the last.pt beside it, or start a new run with --init")
@@ -360,9 +357,8 @@ class Run:
         self.optimizer.load_state_dict(last["optimizer"])
         if self.scaler.is_enabled() and last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
-        self.epoch, self.step, self.log = last["epoch"], last["step"], last["log"]
-        self.loss_sum, self.seconds = last["loss_sum"], last["seconds"]
-        self.best_miou = last["best_miou"]
+        for name in POSITION:
+            setattr(self, name, last[name])
         if self.step > self.args.epochs * self.steps_per_epoch:
             raise ValueError(f"--epochs {self.args.epochs}: the run has trained {self.step} steps, "
                              f"which are more than {self.args.epochs} epochs")
@@ -461,7 +457,7 @@ def wrap_network(model, args):
     """
     network = model
     if world_size() > 1:
-        if next(model.parameters()).is_cuda:
+        if next(model.parameters()).is_cuda:        # changes the layers of `model` itself
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -528,7 +524,7 @@ class StopSignals:
 
     The run then stops after the current step or validation frame. Signals within two seconds
     count as one, as torchrun and SLURM may pass on a signal that a process has received already.
-    A later one stops at once.
+    A later one stops the run without saving.
     """
 
     def __init__(self):
@@ -558,8 +554,8 @@ class StopSignals:
 
 # ------------------------------------------------------------------------- the command line
 
-# Options that may be changed on resume. With a different --data, --epochs or --amp, the results
-# may differ.
+# Options that may be changed on resume. They do not start another run, but some change its results,
+# such as --epochs and --amp.
 MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
 
 
@@ -771,7 +767,7 @@ def main(argv=None):
             status = 128 + stop.number
             say("saved and stopped; "
                 f"continue with: python train.py --resume {run.out / 'last.pt'}")
-        except KeyboardInterrupt:                   # a second signal
+        except KeyboardInterrupt:                   # another signal, more than two seconds later
             status = 128 + stop.number
             say("stopped at once; steps since the last save, if any, are lost")
     if dist.is_initialized():

@@ -291,7 +291,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s), z]. A separate method: z, s, f, i, g are freed when it returns."""
+        """[linear2(s), z]. A separate method, so that evaluation frees z, s, f, i, g after it."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -458,7 +458,8 @@ class FastDepthwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        x, weight = x.to(grad.dtype), weight.to(grad.dtype)     # under autocast, grad is bfloat16
+        # Under autocast, grad is bfloat16. PyTorch casts what is returned to the inputs' types.
+        x, weight = x.to(grad.dtype), weight.to(grad.dtype)
         channels = len(weight)
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
