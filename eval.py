@@ -424,6 +424,8 @@ def score_checkpoint(ckpt, dataset, out, args):
               **summarize(matrix)}
     if matrix.sum() == 0:
         print("the labels hold none of the classes, so that there is no score")
+        (out / "metrics.json").unlink(missing_ok=True)          # of another split
+        (out / "confusion.png").unlink(missing_ok=True)
         print(class_shares(pixels))
         return result, frames
     (out / "metrics.json").write_text(json.dumps(result, indent=1))

@@ -1371,6 +1371,11 @@ def test_compile_gives_the_same_output():
 def test_init_takes_the_weights_and_nothing_else():
     run = ready_run("--init", str(whole_run() / "best.pt"))
     assert run.args.model == "resnet18"
+    moved = FOLDER / "moved-init.pt"
+    shutil.copy(whole_run() / "best.pt", moved)
+    tiny_run(FOLDER / "from-init", "--init", str(moved), "--epochs", "1")
+    moved.unlink()
+    tiny_resume(FOLDER / "from-init", "--epochs", "2")          # a resume does not need the file
     best = load(whole_run(), "best.pt")["model"]
     torch.testing.assert_close(run.model.state_dict(), best, rtol=0, atol=0)
     assert (run.step, run.epoch, run.log, run.best_miou) == (0, 0, [], -1.0)

@@ -7,7 +7,7 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it. The frames, crops and
-random numbers of a step follow from (seed, step) alone, so that a run that was stopped and
+random numbers of a step follow from (seed, step, rank) alone, so that a run that was stopped and
 resumed ends like one that was not.
 """
 import argparse
@@ -229,7 +229,7 @@ class Run:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss of step {step + 1} is {loss}, on {', '.join(self.images_of(step))}; "
-                    "lower --lr, or try --amp off; last.pt holds an earlier state")
+                    "lower --lr, or try --amp off; what was saved before is kept")
             self.loss_sum += loss
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
             raise FloatingPointError(f"the float16 gradients of step {self.step} and those before "
@@ -320,7 +320,7 @@ class Run:
         finite = [value.isfinite().all() for value in self.model.state_dict().values()]
         if not torch.stack(finite).all():
             raise FloatingPointError(f"the weights are not finite after step {self.step}; lower "
-                                     "--lr, or try --amp off; last.pt holds an earlier state")
+                                     "--lr, or try --amp off; what was saved before is kept")
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - self.began
         position = {name: getattr(self, name) for name in POSITION}
@@ -714,8 +714,8 @@ def fill_defaults(args, defaults, device):
         if getattr(args, name) is None:
             setattr(args, name, value)
 
-    if args.init:
-        set_if_none("model", load_checkpoint(args.init)["settings"]["model"])
+    if args.init and args.model is None:            # on resume it is known: no file is needed
+        args.model = load_checkpoint(args.init)["settings"]["model"]
     set_if_none("model", defaults["model"])
     spec = SPECS[args.model]
     set_if_none("pretrained", defaults["pretrained"] and spec.url is not None and not args.init)
