@@ -889,7 +889,8 @@ def test_class_weights_equal_their_formulas():
 
 # ------------------------------------------------------------------- data: CopyBlob
 
-WALL, PERSON, CAR, BUS = [data.TRAIN_ID[name] for name in ("wall", "person", "car", "bus")]
+WALL, BUS = data.TRAIN_ID["wall"], data.TRAIN_ID["bus"]
+PERSON, CAR = data.TRAIN_ID["person"], data.TRAIN_ID["car"]
 
 
 def street():
@@ -1916,7 +1917,8 @@ def test_on_a_gpu():
 
 def test_bad_options_and_files_are_one_line():
     out, best = FOLDER / "refused", checkpoint() / "best.pt"
-    junk, cut, hostile, other = [FOLDER / f"bad-{i}.pt" for i in range(4)]
+    junk, cut = FOLDER / "junk.pt", FOLDER / "cut.pt"
+    hostile, other = FOLDER / "hostile.pt", FOLDER / "other.pt"
     junk.write_text("not a checkpoint")
     cut.write_bytes(best.read_bytes()[:100_000])
     torch.save({"model": Hostile(), "settings": {}}, hostile)
@@ -2153,7 +2155,7 @@ def readme_commands():
 def test_readme_options_exist():
     assert len(readme_commands()) >= 3
     for words in readme_commands():
-        script, = [word for word in words if word.endswith(".py")]
+        script = next(word for word in words if word.endswith(".py"))
         options = words[words.index(script) + 1:]
         assert (HERE / script).exists(), words
         with mock.patch("train.load_checkpoint", return_value={"settings": {}}):
