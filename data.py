@@ -377,10 +377,9 @@ def jitter(image, rng):
 #                              +---x---/---------+        x: the foot, the blob's lowest point
 #                                  |<--- side -->|
 #
-# On a flat street, the horizon is at the height of the camera everywhere. So `drop` pixels at the
-# foot of an object are one camera height, and the object appears drop * (its height / the camera's
-# height) pixels high. Moved along the street, its width, height, side and drop all change by one
-# factor, `scale`.
+# On a flat street, the size of an object in pixels is proportional to `drop`, the distance of its
+# foot below the horizon. So if it moves along the street until its foot is at drop', its width,
+# height and side are all multiplied by scale = drop' / drop.
 
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
@@ -485,7 +484,7 @@ def copy_blob(image, label, blob, rng):
     # In each column, a thing that covers the lowest pixel of the blob touches the ground below it,
     # so it is nearer to the camera than the blob.
     lowest_row = height - 1 - np.argmax(mask[::-1], axis=0)     # of the mask, for each column
-    nearer = things[lowest_row, np.arange(width)]
+    nearer = things[lowest_row, np.arange(width)]               # one bool for each column
     visible = Image.fromarray(mask & ~people & ~(things & nearer))
 
     image, label = image.copy(), label.copy()
@@ -499,7 +498,8 @@ def paste_rates(pixels):
 
     pixels: int frames x 19, of `class_pixels`. A rare class is pasted PASTES times as often as
     frames show it. Frames that show little of it should count less, so their number is Kish's
-    effective sample size, (sum of s)^2 / (sum of s^2), for shares s of the class.
+    effective sample size, (sum of s)^2 / (sum of s^2), for shares s of the class. Example: equal
+    shares in 10 of 100 frames give the number 10 and the rate PASTES * 10 / 100.
     """
     shares = pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
     rates = np.zeros(len(CLASSES))

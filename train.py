@@ -253,7 +253,7 @@ class Run:
         common = len(self.val_set) // world_size()  # frames that every rank has; some have one more
 
         def stop_if_asked(index, *frame):
-            # A rank that calls on_any_rank once more than the others would wait forever.
+            # A rank with one frame more must not ask on it: the others have left the loop already.
             if index < common and on_any_rank(self.stop.requested):
                 raise Stopped
 
