@@ -168,13 +168,15 @@ class Cityscapes(torch.utils.data.Dataset):
     crop: None: whole frames as they are; (h, w): random augmented crops of that size
     copyblob: strength of CopyBlob in [0, 1]; 0 is off, 1 pastes as often as `paste_rates` says
     scale: (min, max), range of the random zoom before a crop
+    pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
-    train.epoch_batches asks for k = epoch * len + frame, so a frame has new random numbers in each
-    epoch. A split other than train and val may have no labels; then
-    all pixels are 255. Raises FileNotFoundError that says which files are missing.
+    Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. A split
+    other than train and val may have no labels; then all pixels are 255. Raises FileNotFoundError
+    that says which files are missing.
     """
 
-    def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
+    def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0),
+                 pixels=None):
         self.root = Path(root).expanduser()
         self.split, self.crop, self.scale, self.seed = split, crop, scale, seed
         images = find_files(self.root / "leftImg8bit" / split, "_leftImg8bit.png")
@@ -194,9 +196,11 @@ class Cityscapes(torch.utils.data.Dataset):
         self.images = list(images.values())
         self.labels = [labels.get(name) for name in images]
         self.frames = [name.split("/")[1] for name in images]
-        self.blobs = {}                             # class id -> blobs that CopyBlob pastes
+        self.blobs, self.rates = {}, {}             # by class id: what CopyBlob pastes, how often
         if copyblob > 0:
-            self.start_copyblob(copyblob, class_pixels(self))
+            shares = class_shares(class_pixels(self) if pixels is None else pixels)
+            self.blobs = collect_blobs(self, shares)
+            self.rates = paste_rates(shares, self.blobs, copyblob)
 
     def __len__(self):
         return len(self.images)
@@ -214,14 +218,6 @@ class Cityscapes(torch.utils.data.Dataset):
             image, label = augment(image, label, self.crop, rng, self.scale)
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return image, torch.from_numpy(np.array(label))
-
-    def start_copyblob(self, strength, pixels):
-        """Paste blobs from now on. pixels: int frames x 19, of `class_pixels`.
-
-        train.py calls this itself, so that rank 0 alone counts the pixels.
-        """
-        self.rates = strength * paste_rates(pixels)
-        self.blobs = collect_blobs(self, pixels, self.rates)
 
     def paste_blobs(self, image, label, rng):
         """CopyBlob: paste a blob of each rare class, at its rate."""
@@ -390,8 +386,8 @@ HORIZON = 0.42          # its row / the height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at stride 32
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
-PASTES = 3              # per frame that shows the class
-Blob = namedtuple("Blob", "class_id image mask foot side drop")
+ADDED = 3               # pixels to paste / pixels that the class has
+Blob = namedtuple("Blob", "class_id image mask share foot side drop")
 
 
 def cut_blob(image, label, class_id, rng):
@@ -401,8 +397,9 @@ def cut_blob(image, label, class_id, rng):
     not split it. Pieces below LEAST_SHARE are never cut. Larger pieces are cut more often.
 
     image, label: Pillow images, RGB and train ids (mode L)
-    Blob: image and mask are Pillow images (RGB and 1 bit); foot is the column of its lowest point
-    in them; side (negative to the left of V) and drop are its distances from V in the frame
+    Blob: image and mask are Pillow images (RGB and 1 bit); share is its part of the frame's area;
+    foot is the column of its lowest point in the mask; side (negative to the left of V) and drop
+    are the distances of that point from V in the frame
     """
     mask = np.asarray(label) == class_id
     height, width = mask.shape
@@ -413,7 +410,8 @@ def cut_blob(image, label, class_id, rng):
     areas[areas < LEAST_SHARE * mask.size] = 0
     if areas.sum() == 0:
         return None
-    piece = pieces[rng.choice(len(pieces), p=areas / areas.sum())]
+    chosen = rng.choice(len(pieces), p=areas / areas.sum())
+    piece, share = pieces[chosen], areas[chosen] / mask.size
     left, right = int(piece[0]), int(piece[-1]) + 1
     rows = np.flatnonzero(mask[:, left:right].any(axis=1))
     top, bottom = int(rows[0]), int(rows[-1]) + 1
@@ -423,13 +421,14 @@ def cut_blob(image, label, class_id, rng):
     if drop < 1:                                    # nothing of it is below the horizon
         return None
     box = (left, top, right, bottom)
-    return Blob(class_id, image.crop(box), Image.fromarray(mask).crop(box), foot, side, drop)
+    blob_image, blob_mask = image.crop(box), Image.fromarray(mask).crop(box)
+    return Blob(class_id, blob_image, blob_mask, share, foot, side, drop)
 
 
 def mirror(blob):
     """The same blob on the other side of the street."""
-    return Blob(blob.class_id, ImageOps.mirror(blob.image), ImageOps.mirror(blob.mask),
-                blob.image.width - 1 - blob.foot, -blob.side, blob.drop)
+    return blob._replace(image=ImageOps.mirror(blob.image), mask=ImageOps.mirror(blob.mask),
+                         foot=blob.image.width - 1 - blob.foot, side=-blob.side)
 
 
 def scale_at(y, label, blob):
@@ -440,9 +439,9 @@ def scale_at(y, label, blob):
 def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
-    The scale is between 0.5 and 2. A blob that moves along the street by `scale` gets scale * side.
-    So of four random places, the one whose distance from the middle, divided by the scale, is most
-    like blob.side is taken: what stood at the curb stays near the curb.
+    The scale is between 0.5 and 2. A blob that moves along the street gets the side
+    scale * blob.side. Of four random places, the one that is nearest to it is taken: what stood
+    at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
@@ -452,8 +451,9 @@ def find_place(label, blob, rng):
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
-    sides = np.abs(xs[four] - label.width / 2) / scales[four]
-    best = four[np.argmin(np.abs(sides - abs(blob.side)))]
+    sides = np.abs(xs[four] - label.width / 2)                  # either side of the street will do
+    wanted = scales[four] * abs(blob.side)
+    best = four[np.argmin(np.abs(sides - wanted))]
     return int(xs[best]), int(ys[best])
 
 
@@ -479,13 +479,7 @@ def copy_blob(image, label, blob, rng):
 
     mask = np.asarray(blob.mask.resize((width, height), Image.NEAREST))
     covered = np.asarray(label.crop((left, top, left + width, top + height)))
-    people = np.isin(covered, ALWAYS_IN_FRONT)
-    things = np.isin(covered, IN_FRONT_IF_NEARER)
-    # In each column, a thing that covers the lowest pixel of the blob touches the ground below it,
-    # so it is nearer to the camera than the blob.
-    lowest_row = height - 1 - np.argmax(mask[::-1], axis=0)     # of the mask, for each column
-    nearer = things[lowest_row, np.arange(width)]               # one bool for each column
-    visible = Image.fromarray(mask & ~people & ~(things & nearer))
+    visible = Image.fromarray(mask & ~in_front(covered, mask))
 
     image, label = image.copy(), label.copy()
     image.paste(blob.image.resize((width, height), Image.BILINEAR), (left, top), visible)
@@ -493,32 +487,48 @@ def copy_blob(image, label, blob, rng):
     return image, label
 
 
-def paste_rates(pixels):
-    """How often each class is pasted, in blobs per frame -> float 19, each in [0, 1].
+def in_front(covered, mask):
+    """Which pixels of the train ids `covered` (uint8 H x W) stay in front of a blob -> bool H x W.
 
-    pixels: int frames x 19, of `class_pixels`. A rare class is pasted PASTES times as often as
-    frames show it. Frames that show little of it should count less, so their number is Kish's
-    effective sample size, (sum of s)^2 / (sum of s^2), for shares s of the class. Example: equal
-    shares in 10 of 100 frames give the number 10 and the rate PASTES * 10 / 100.
+    People always do. Other things do if they are nearer to the camera: in a column where a thing
+    covers the lowest pixel of the blob's mask, it touches the ground below the blob.
     """
-    shares = pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
-    rates = np.zeros(len(CLASSES))
-    for name in CARRIER:
-        share = shares[:, TRAIN_ID[name]]           # of each frame
-        if 0 < share.mean() < RARE:
-            number = share.sum() ** 2 / (share ** 2).sum()
-            rates[TRAIN_ID[name]] = min(1, PASTES * number / len(shares))
+    people = np.isin(covered, ALWAYS_IN_FRONT)
+    things = np.isin(covered, IN_FRONT_IF_NEARER)
+    lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)  # in columns without mask: any row
+    nearer = things[lowest_row, np.arange(mask.shape[1])]       # one bool for each column
+    return people | (things & nearer)
+
+
+def class_shares(pixels):
+    """`class_pixels` as shares of the labeled pixels of each frame -> float frames x 19."""
+    return pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
+
+
+def paste_rates(shares, blobs, strength):
+    """How often each class is pasted -> {class id: rate}, in blobs per frame, from 0 to 1.
+
+    At strength 1 so often that what is pasted has ADDED times the pixels that the class has.
+    Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
+    frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
+
+    shares: of `class_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
+    """
+    rates = {}
+    for class_id, found in blobs.items():
+        mean_blob = np.mean([blob.share for blob in found])
+        rates[class_id] = strength * min(1, ADDED * shares[:, class_id].mean() / mean_blob)
     return rates
 
 
-def collect_blobs(dataset, pixels, rates, most=64):
-    """Cut the blobs to paste, from up to `most` frames for each class -> {class id: [Blob, ...]}.
+def collect_blobs(dataset, shares, most=64):
+    """Cut the blobs to paste, from up to `most` frames for each rare class -> {class id: [Blob]}.
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
     its cost. A blob takes 5 bytes per pixel of its box; those of Cityscapes take about 200 MiB.
-    Frames are drawn in proportion to what they show of the class. The result depends only on
+    Frames are sampled in proportion to what they show of the class. The result depends only on
     the frames and dataset.seed. Prints a line if there is nothing to paste.
-    pixels, rates: of `class_pixels` and `paste_rates`
+    shares: of `class_shares`
     """
     def cut(index, class_id, stream):
         image, label = dataset.read(index)
@@ -526,15 +536,14 @@ def collect_blobs(dataset, pixels, rates, most=64):
 
     # A fourth number makes this stream differ from those of the samples, (seed, epoch, index).
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
-    shares = pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
-    shares[shares < LEAST_SHARE] = 0
-    rare_classes = np.flatnonzero(rates > 0).tolist()
     blobs = {}
     with ThreadPoolExecutor() as pool:
-        for class_id in rare_classes:
+        for class_id in [TRAIN_ID[name] for name in CARRIER]:
             share = shares[:, class_id]
+            is_rare = share.mean() < RARE
+            share = np.where(share < LEAST_SHARE, 0, share)
             count = min(most, np.count_nonzero(share))
-            if count == 0:
+            if count == 0 or not is_rare:
                 continue
             frames = rng.choice(len(share), count, replace=False, p=share / share.sum()).tolist()
             found = list(pool.map(cut, frames, [class_id] * count, rng.spawn(count)))

@@ -1012,17 +1012,21 @@ def test_large_pieces_are_cut_slivers_never_and_poles_leave_holes():
     assert set(widths) == {30, 120} and 140 < widths.count(120) < 190
 
 
-def test_only_rare_classes_are_pasted():
+def test_blobs_are_pasted_as_often_as_their_class_is_rare():
     pixels = np.zeros((100, 19), np.int64)
-    pixels[:, 0] = 10000
-    pixels[:10, WALL] = 500                             # 0.5 % of the pixels, in 10 of 100 frames
-    pixels[:, data.TRAIN_ID["fence"]] = 300             # 3 %
-    pixels[:20, data.TRAIN_ID["pole"]] = 100            # rare, but no class of CARRIER
-    rates = data.paste_rates(pixels)
-    close(rates[WALL], 3 * 10 / 100)
-    assert np.count_nonzero(rates) == 1
-    pixels[:, WALL] = 20                                # in every frame
-    assert data.paste_rates(pixels)[WALL] == 1
+    pixels[:, 0] = 980
+    pixels[:10, WALL] = 20                              # 2 % of 10 frames, 0.2 % of all
+    shares = data.class_shares(pixels)
+    close(shares[0, WALL], 20 / 1000)
+    close(shares[50], [1] + [0] * 18)
+    blob = cut_wall()
+    close(blob.share, 60 * 100 / (256 * 512))           # 4.6 %
+    blobs = {WALL: [blob._replace(share=0.01), blob._replace(share=0.02)]}
+    assert data.paste_rates(shares, {}, 1.0) == {}
+    close(data.paste_rates(shares, blobs, 1.0)[WALL], 3 * 0.002 / 0.015)
+    close(data.paste_rates(shares, blobs, 0.5)[WALL], 0.5 * 3 * 0.002 / 0.015)
+    small = {WALL: [blob._replace(share=0.005)]}        # would need more than one for each frame
+    assert data.paste_rates(shares, small, 0.5)[WALL] == 0.5
 
 
 def stored(seed=0, most=64, delay=0):
@@ -1037,8 +1041,8 @@ def stored(seed=0, most=64, delay=0):
         read.append(index)
         return frames[index]
 
-    dataset, pixels = mock.Mock(seed=seed, read=read_frame), np.array(pixels)
-    return data.collect_blobs(dataset, pixels, data.paste_rates(pixels), most), read
+    shares = data.class_shares(np.array(pixels))
+    return data.collect_blobs(mock.Mock(seed=seed, read=read_frame), shares, most), read
 
 
 def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
@@ -1050,10 +1054,9 @@ def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
     assert len(set(chosen)) > 3 and np.mean(chosen) > 3.2           # in proportion to area: 3.8
 
 
-def test_pasting_nothing_is_reported_in_one_line():
+def test_what_is_not_rare_is_not_pasted_which_is_reported_in_one_line():
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        nothing = np.zeros(19)
-        assert data.collect_blobs(mock.Mock(seed=0), np.ones((3, 19), np.int64), nothing) == {}
+        assert data.collect_blobs(mock.Mock(seed=0), np.full((3, 19), 1 / 19)) == {}
     assert printed.getvalue().startswith("CopyBlob pastes nothing")
     assert printed.getvalue().count("\n") == 1
 

@@ -419,18 +419,18 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
 def build_data_and_loss(args, device):
     """Build the training set (random crops), the validation set (whole frames) and the loss."""
-    train_set = Cityscapes(args.data, "train", args.crop, seed=args.seed, scale=args.scale)
     val_set = Cityscapes(args.data, "val")
+    pixels, weights = None, None
+    if args.copyblob > 0 or args.class_weights != "none":
+        frames = Cityscapes(args.data, "train")
+        pixels = from_rank_0(lambda: class_pixels(frames))
+        weights = class_weights(pixels, args.class_weights)
+    train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale,
+                           pixels)
     if args.batch > len(train_set):
         raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames")
     if args.batch % world_size() != 0:
         raise ValueError(f"--batch {args.batch} cannot be divided among {world_size()} processes")
-    weights = None
-    if args.copyblob > 0 or args.class_weights != "none":
-        pixels = from_rank_0(lambda: class_pixels(train_set))
-        if args.copyblob > 0:
-            train_set.start_copyblob(args.copyblob, pixels)
-        weights = class_weights(pixels, args.class_weights)
     if weights is not None:
         texts = [f"{c.name} {weight:.2f}" for c, weight in zip(CLASSES, weights)]
         say(f"class weights ({args.class_weights}): {', '.join(texts)}")
