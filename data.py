@@ -7,20 +7,16 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated; these are renumbered
 as train ids 0 ... 18, which is what networks predict. All others become 255, which losses and
-metrics ignore. A table of 256 entries maps them when a label is read, so that there is nothing to
-convert beforehand. After that, everything in this project works with train ids.
+metrics ignore. A table of 256 entries maps them when a label is read, so there is nothing to
+convert beforehand. After that, everything works with train ids.
 
 Random numbers come from (seed, epoch, index). A sample therefore does not depend on the number of
 workers or GPUs, and a resumed run sees the same samples as an uninterrupted one.
 """
-import atexit
 import contextlib
 import hashlib
 import math
-import multiprocessing
 import os
-import signal
-import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,9 +51,11 @@ CLASSES = [                                         # the position is the train 
     Class("motorcycle", 32, (0, 0, 230)),
     Class("bicycle", 33, (119, 11, 32)),
 ]
+LAST_LABEL_ID = 33                                  # of all, also those that are not evaluated
 TRAIN_ID = {c.name: i for i, c in enumerate(CLASSES)}
 
-# Label id -> train id. Targets, class weights and CopyBlob all follow from this table.
+# Label id -> train id. Targets, class weights and CopyBlob all follow from this table, except for
+# labels that are stored as train ids.
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)
 for c in CLASSES:
     LABEL_TO_TRAIN[c.label_id] = TRAIN_ID[c.name]
@@ -116,7 +114,6 @@ def read_image(path):
     return picture.convert("RGB")
 
 
-LAST_LABEL_ID = 33
 TRAIN_IDS_END = "_gtFine_labelTrainIds.png"         # the name of a file that holds train ids
 
 
@@ -127,35 +124,11 @@ def read_label(path):
     Raises OSError or ValueError that names the file.
     """
     label = read_picture(path, ["PNG"])
-    if label.mode != "L":
-        raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
-                         "Cityscapes' *_gtFine_labelIds.png files, or save it as 8-bit grayscale")
-    pixels = np.array(label.histogram())            # of each value, 256
     has_train_ids = str(path).endswith(TRAIN_IDS_END)
-    largest = len(CLASSES) - 1 if has_train_ids else LAST_LABEL_ID
-    wrong = [value for value in range(largest + 1, 255) if pixels[value] > 0]
-    if wrong:
-        raise ValueError(f"{path}: has the values {wrong[:5]}, but ids are 0 ... {largest} or 255")
+    check_label(path, label, has_train_ids)
     if has_train_ids:
         return label
-    check_label_ids(path, pixels)
     return label.point(LABEL_TO_TRAIN.tolist())
-
-
-def check_label_ids(path, pixels):
-    """Raise ValueError if a file of label ids seems to hold train ids; pixels: int 256, by value.
-
-    Label ids 0 ... 6 are leftovers (unlabeled, static, ...) in a small part of a frame, and nearly
-    every street has vegetation, sky, people or vehicles, 21 ... 33. Train ids have road, sidewalk
-    and building at 0 ... 2, and nothing above 18, or 19 if that stands for ignored.
-    """
-    low, middle, high = pixels[:7], pixels[7:19], pixels[20:255]            # not 19, see above
-    several_low = (low > 0).sum() >= 2
-    much_low = low.sum() > middle.sum() / 2
-    has_middle = middle.sum() > 0                   # Cityscapes' test labels have none
-    if several_low and much_low and has_middle and high.sum() == 0:
-        raise ValueError(f"{path}: seems to hold train ids instead of label ids; "
-                         f"name such files *{TRAIN_IDS_END}")
 
 
 # ------------------------------------------------------------------------------------ dataset
@@ -195,17 +168,17 @@ class Cityscapes(torch.utils.data.Dataset):
             check_pairs(self.root, split, images, labels)
         self.images = list(images.values())
         self.labels = [labels.get(name) for name in images]
-        self.frames = [name.split("/")[1] for name in images]
+        self.names = [name.split("/")[1] for name in images]
         self.blobs, self.rates = {}, {}             # by class id: what CopyBlob pastes, how often
         if copyblob > 0:
-            shares = class_shares(class_pixels(self) if pixels is None else pixels)
+            shares = frame_shares(class_pixels(self) if pixels is None else pixels)
             self.blobs = collect_blobs(self, shares)
             self.rates = paste_rates(shares, self.blobs, copyblob)
 
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch; indexing never raises IndexError
+    def __iter__(self):                             # one epoch; without it, a loop never ends
         for index in range(len(self)):
             yield self[index]
 
@@ -248,51 +221,15 @@ def find_files(folder, ending):
     return files
 
 
-def check_pairs(root, split, images, labels):
-    """Raise FileNotFoundError unless `images` and `labels` (see `find_files`) have equal keys."""
-    no_label = sorted(images.keys() - labels.keys())
-    no_image = sorted(labels.keys() - images.keys())
-    if no_label or no_image:
-        examples = ", ".join((no_label + no_image)[:3])
-        raise FileNotFoundError(
-            f"{root}: {len(no_label)} of {len(images)} {split} frames have no label, and "
-            f"{len(no_image)} labels have no frame (for example {examples}); labels must be named "
-            f"*_gtFine_labelIds.png, or all of them *{TRAIN_IDS_END}")
-
-
-def make_loader(dataset, workers, **options):
-    """A torch DataLoader whose worker processes leave signals to the main process."""
-    if workers > 0:
-        options["worker_init_fn"] = ignore_stop_signals
-        if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
-            options["multiprocessing_context"] = "fork"
-        atexit.unregister(kill_workers)             # so that it is registered only once
-        atexit.register(kill_workers)
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
-
-
-def ignore_stop_signals(*args):
-    """Make this process ignore Ctrl-C, SIGTERM and SIGUSR1.
-
-    In a worker process: a signal to a whole process group would otherwise kill the workers first,
-    and an error about dead workers would end the main process before it has saved.
-    """
-    for name in "SIGINT", "SIGTERM", "SIGUSR1":
-        if hasattr(signal, name):                   # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def kill_workers():
-    """End workers that are left when the main process ends, as they ignore the usual SIGTERM."""
-    if hasattr(signal, "SIGCHLD"):                  # PyTorch's handler would report their end
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
 # ------------------------------------------------------------------------------- augmentation
 
 JITTER = 0.25                                       # colors change by up to this factor
+
+
+def random_offset(length, window, rng):
+    """Where a window starts on an axis: inside the frame, or around it if the window is longer."""
+    spare = length - window
+    return rng.uniform(min(0, spare), max(0, spare))
 
 
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
@@ -300,14 +237,14 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
 
     A window of the frame is resized to the crop, so that zoom and crop are one operation:
 
-        frame                                          crop = (h, w)
-        +-------------------------+
-        |     (x, y)              |                    +--------------+
-        |        +-------+        |     resize by      |              |
-        |        |       | h/zoom |     zoom           |              | h
-        |        +-------+        |     ------->       |              |
-        |          w/zoom         |                    +--------------+
-        +-------------------------+                           w
+         (x, y)
+           +--------------+                             crop = (h, w)
+           |  padding     |                             +---------+
+        +--|--------------|-------+    resize by zoom   | padding |
+        |  |              | h/zoom|    ------------->   |         | h
+        |  +--------------+       |                     +---------+
+        |       w/zoom            |                          w
+        +-------------------------+ frame
 
     `zoom` is log-uniform between scale[0] and scale[1]: (0.5, 2) enlarges as often as it reduces.
     A window that is larger than the frame is padded with the mean color, and with 255
@@ -335,12 +272,6 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
         image_crop = ImageOps.mirror(image_crop)
         label_crop = ImageOps.mirror(label_crop)
     return image_crop, label_crop
-
-
-def random_offset(length, window, rng):
-    """Where a window starts on an axis: inside the frame, or around it if the window is longer."""
-    spare = length - window
-    return rng.uniform(min(0, spare), max(0, spare))
 
 
 def jitter(image, rng):
@@ -418,7 +349,7 @@ def cut_blob(image, label, class_id, rng):
     foot = int(np.median(np.flatnonzero(mask[bottom - 1, left:right])))
     side = left + foot - width / 2
     drop = bottom - HORIZON * height
-    if drop < 1:                                    # nothing of it is below the horizon
+    if drop < 1:                                    # it does not reach below the horizon
         return None
     box = (left, top, right, bottom)
     blob_image, blob_mask = image.crop(box), Image.fromarray(mask).crop(box)
@@ -500,7 +431,7 @@ def in_front(covered, mask):
     return people | (things & nearer)
 
 
-def class_shares(pixels):
+def frame_shares(pixels):
     """`class_pixels` as shares of the labeled pixels of each frame -> float frames x 19."""
     return pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
 
@@ -512,7 +443,7 @@ def paste_rates(shares, blobs, strength):
     Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
     frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
 
-    shares: of `class_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
+    shares: of `frame_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
     """
     rates = {}
     for class_id, found in blobs.items():
@@ -528,7 +459,7 @@ def collect_blobs(dataset, shares, most=64):
     its cost. A blob takes 5 bytes per pixel of its box; those of Cityscapes take about 200 MiB.
     Frames are sampled in proportion to what they show of the class. The result depends only on
     the frames and dataset.seed. Prints a line if there is nothing to paste.
-    shares: of `class_shares`
+    shares: of `frame_shares`
     """
     def cut(index, class_id, stream):
         image, label = dataset.read(index)
@@ -611,7 +542,7 @@ def class_weights(pixels, scheme):
         return None
     total = pixels.sum(axis=0)                      # of each class
     if total.sum() == 0:
-        raise ValueError("the training labels hold none of the classes, so that class weights "
+        raise ValueError("the training labels hold none of the classes, so class weights "
                          "cannot be computed")
     if scheme == "enet":
         weights = 1 / np.log(1.02 + total / total.sum())
@@ -625,6 +556,53 @@ def class_weights(pixels, scheme):
     else:
         raise ValueError(f"unknown class weights {scheme!r}; choose from none, enet, median")
     return torch.tensor(weights, dtype=torch.float32)
+
+
+# ------------------------------------------------------- checks of the input, safe to skip
+
+
+def check_pairs(root, split, images, labels):
+    """Raise FileNotFoundError unless `images` and `labels` (see `find_files`) have equal keys."""
+    no_label = sorted(images.keys() - labels.keys())
+    no_image = sorted(labels.keys() - images.keys())
+    if no_label or no_image:
+        examples = ", ".join((no_label + no_image)[:3])
+        raise FileNotFoundError(
+            f"{root}: {len(no_label)} of {len(images)} {split} frames have no label, and "
+            f"{len(no_image)} labels have no frame (for example {examples}); labels must be named "
+            f"*_gtFine_labelIds.png, or all of them *{TRAIN_IDS_END}")
+
+
+def check_label(path, label, has_train_ids):
+    """Raise ValueError unless a label picture holds the ids that its name announces."""
+    if label.mode != "L":
+        raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
+                         "Cityscapes' *_gtFine_labelIds.png files, or save it as 8-bit grayscale")
+    pixels = np.array(label.histogram())            # of each value, 256
+    largest = len(CLASSES) - 1
+    if not has_train_ids:
+        largest = max(LAST_LABEL_ID, *(c.label_id for c in CLASSES))
+    wrong = [value for value in range(largest + 1, 255) if pixels[value] > 0]
+    if wrong:
+        raise ValueError(f"{path}: has the values {wrong[:5]}, but ids are 0 ... {largest} or 255")
+    if not has_train_ids and seem_train_ids(pixels):
+        raise ValueError(f"{path}: seems to hold train ids instead of label ids; "
+                         f"name such files *{TRAIN_IDS_END}")
+
+
+def seem_train_ids(pixels):
+    """Whether a file of label ids seems to hold train ids; pixels: int 256, of each value.
+
+    Label ids 0 ... 6 are leftovers (unlabeled, static, ...) in a small part of a frame, and nearly
+    every street has vegetation, sky, people or vehicles, 21 ... 33. Train ids have road, sidewalk
+    and building at 0 ... 2, and nothing above 18, or 19 if that stands for ignored.
+    """
+    low, middle, high = pixels[:7], pixels[7:19], pixels[20:255]            # not 19, see above
+    several_low = (low > 0).sum() >= 2
+    much_low = low.sum() > middle.sum() / 2
+    has_middle = middle.sum() > 0                   # Cityscapes' test labels have none
+    low_are_classes = (LABEL_TO_TRAIN[:7] != IGNORE).any()      # if CLASSES was edited
+    return several_low and much_low and has_middle and high.sum() == 0 and not low_are_classes
 
 
 # ----------------------------------------- generated scenes: a demonstration, safe to skip
@@ -814,7 +792,7 @@ def make_scenes(root, train=200, val=50, seed=0):
         return
     if root.exists():
         raise FileExistsError(f"{root} exists but holds no generated scenes; rename it")
-    print(f"drawing {train + val} street scenes into {root}, once (about 10 s)", flush=True)
+    print(f"drawing {train + val} street scenes into {root}, once", flush=True)
     root.parent.mkdir(parents=True, exist_ok=True)
     jobs = [("train", 0, i) for i in range(train)] + [("val", 1, i) for i in range(val)]
     with TemporaryDirectory(dir=root.parent, prefix=".scenes-") as folder:

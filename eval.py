@@ -10,8 +10,10 @@ Every frame is scored at the full size of its label, and one confusion matrix co
 the whole split.
 """
 import argparse
+import atexit
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -20,9 +22,6 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
-if __name__ == "__main__":                          # Ctrl-C during the imports: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,8 +29,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
-from data import (CLASSES, IGNORE, LABEL_TO_TRAIN, TRAIN_TO_LABEL, Cityscapes,
-                  ignore_stop_signals, make_loader, normalize, read_image)
+from data import (CLASSES, IGNORE, LABEL_TO_TRAIN, TRAIN_TO_LABEL, Cityscapes, normalize,
+                  read_image)
 from unet import build_model
 
 NAMES = [c.name for c in CLASSES]
@@ -135,7 +134,7 @@ def load_weights(model, name, saved, path):
                          f"with {len(CLASSES)} classes as unet.py builds it") from error
 
 
-Checkpoint = namedtuple("Checkpoint", "path name model settings frame_size log")
+Checkpoint = namedtuple("Checkpoint", "path name model settings epoch miou frame_size log")
 
 
 def load_model(path, device):
@@ -150,10 +149,10 @@ def load_model(path, device):
     if saved.get("label_to_train", LABEL_TO_TRAIN.tolist()) != LABEL_TO_TRAIN.tolist():
         print(f"WARNING: {path} was trained with another LABEL_TO_TRAIN than data.py has now")
     model.to(device, memory_format=torch.channels_last).eval()
-    settings = {**settings, "epoch": saved.get("epoch"), "val_miou": saved.get("miou")}
     name = Path(path).resolve().parent.name
     frame_size = saved.get("frame_size", [1024, 2048])          # of the training
-    return Checkpoint(str(path), name, model, settings, frame_size, saved.get("log", []))
+    return Checkpoint(str(path), name, model, settings, saved.get("epoch"), saved.get("miou"),
+                      frame_size, saved.get("log", []))
 
 
 # ------------------------------------------------------------------------------------- tables
@@ -230,7 +229,7 @@ def comparison(names, results):
     return "\n".join(lines)
 
 
-def class_shares(pixels):
+def predicted_shares(pixels):
     """Text: the predicted classes by their share of the pixels (int 19), largest first."""
     shares = pixels / max(1, pixels.sum())
     parts = []
@@ -305,18 +304,18 @@ def panel(frame):
     return picture_grid([row])
 
 
-def comparison_picture(names, results, frames):
+def comparison_picture(names, results, pictures):
     """Two frames: image and truth first, then the predictions and errors of each checkpoint.
 
-    frames: for each checkpoint {index: (image, label, prediction)}, see `score_checkpoint`
+    pictures: for each checkpoint {index: (image, label, prediction)}, see `score_checkpoint`
     """
-    chosen = sorted(frames[0])[:2]
+    chosen = sorted(pictures[0])[:2]
     row = []
     for index in chosen:
-        image, label, _ = frames[0][index]
+        image, label, _ = pictures[0][index]
         row += [("image", image), ("truth", PALETTE[label])]
     rows = [row]
-    for name, result, predicted in zip(names, results, frames):
+    for name, result, predicted in zip(names, results, pictures):
         row = []
         for index in chosen:
             image, label, prediction = predicted[index]
@@ -395,15 +394,15 @@ def curves_picture(logs):
 # ------------------------------------------------------------------------------- the commands
 
 
-def score_checkpoint(ckpt, dataset, out, args):
+def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
 
-    -> (result, frames): the dict of metrics.json, and {index: (image, label, prediction)} of the
+    -> (result, pictured): the dict of metrics.json, and {index: (image, label, prediction)} of the
     frames in the pictures, as uint8 arrays
     """
     count = min(args.panels, len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    frames = {}
+    pictured = {}
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
     out.mkdir(parents=True, exist_ok=True)
 
@@ -412,29 +411,29 @@ def score_checkpoint(ckpt, dataset, out, args):
         label, prediction = label.numpy(), prediction.numpy()
         pixels[:] += np.bincount(prediction.ravel(), minlength=len(CLASSES))
         if args.labels_out:
-            save_labels(prediction, args.labels_out, dataset.frames[index])
+            save_labels(prediction, args.labels_out, dataset.names[index])
         if index in chosen:
-            frames[index] = image, label, prediction
-            panel(frames[index]).save(out / f"panel_{dataset.frames[index]}.png")
+            pictured[index] = image, label, prediction
+            panel(pictured[index]).save(out / f"panel_{dataset.names[index]}.png")
 
-    matrix = evaluate(ckpt.model, dataset, args.device, args.amp, args.tta, args.workers, visit)
+    matrix = evaluate(ckpt.model, dataset, device, dtype, args.tta, args.workers, visit)
     matrix = matrix.cpu()
-    result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "split": args.split,
-              "data": str(args.data), "images": len(dataset), "tta": args.tta,
-              **summarize(matrix)}
+    result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "epoch": ckpt.epoch,
+              "val_miou": ckpt.miou, "split": args.split, "data": str(args.data),
+              "images": len(dataset), "tta": args.tta, **summarize(matrix)}
     if matrix.sum() == 0:
-        print("the labels hold none of the classes, so that there is no score")
+        print("the labels hold none of the classes, so there is no score")
         (out / "metrics.json").unlink(missing_ok=True)          # of another split
         (out / "confusion.png").unlink(missing_ok=True)
-        print(class_shares(pixels))
-        return result, frames
+        print(predicted_shares(pixels))
+        return result, pictured
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
     title = f"{ckpt.path} on {args.split}, mIoU {format_score(result['miou'])}"
     confusion_picture(matrix, title).save(out / "confusion.png")
     print(class_table(result))
     if pixels.max() > 0.95 * pixels.sum():
-        print(class_shares(pixels))
-    return result, frames
+        print(predicted_shares(pixels))
+    return result, pictured
 
 
 def save_labels(train_ids, folder, frame):
@@ -452,7 +451,7 @@ def check_unique(names, folder):
         seen.add(name)
 
 
-def predict_photos(ckpt, args):
+def predict_photos(ckpt, device, dtype, args):
     """Write a color map and an overlay of each photo in --images -> the number of failures."""
     endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
     if not args.images.exists():
@@ -476,7 +475,7 @@ def predict_photos(ckpt, args):
             print(f"skipped {error}", file=sys.stderr)
             failures += 1
             continue
-        ids = predict_photo(ckpt.model, photo, ckpt.frame_size, args.device, args.amp, args.tta)
+        ids = predict_photo(ckpt.model, photo, ckpt.frame_size, device, dtype, args.tta)
         pixels += ids.histogram()[:len(CLASSES)]
         colors = colorize(ids)
         colors.save(args.out / f"{file.stem}_color.png")
@@ -485,7 +484,7 @@ def predict_photos(ckpt, args):
             save_labels(np.asarray(ids), args.labels_out, file.stem)
     print(f"{len(files) - failures} photos: {args.out}/*_color.png and *_overlay.png")
     if failures < len(files):
-        print(class_shares(pixels))
+        print(predicted_shares(pixels))
     return failures
 
 
@@ -537,15 +536,15 @@ def find_data(args, settings):
 def main(argv=None):
     """Run one command line (default: sys.argv) -> a list of the dicts in metrics.json."""
     args = parse_args(argv)
-    args.device = pick_device(args.device)
+    device = pick_device(args.device)
     if args.workers is None:
-        args.workers = default_workers(args.device)
+        args.workers = default_workers(device)
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
-    ckpts = [load_model(path, args.device) for path in args.ckpt]
-    args.amp = pick_amp(args.amp or ckpts[0].settings.get("amp", "auto"), args.device)
+    ckpts = [load_model(path, device) for path in args.ckpt]
+    dtype = pick_amp(args.amp or ckpts[0].settings.get("amp", "auto"), device)
     if args.images:
-        if predict_photos(ckpts[0], args) > 0:
+        if predict_photos(ckpts[0], device, dtype, args) > 0:
             sys.exit(2)
         return []
     names = [ckpt.name for ckpt in ckpts]
@@ -554,19 +553,19 @@ def main(argv=None):
 
     args.data = find_data(args, ckpts[0].settings)
     dataset = Cityscapes(args.data, args.split)
-    check_unique(dataset.frames, args.data)
+    check_unique(dataset.names, args.data)
     print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
-    results, frames = [], []
+    results, pictures = [], []
     for name, ckpt in zip(names, ckpts):
         print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
-              f"epoch {ckpt.settings['epoch']}")
+              f"epoch {ckpt.epoch}")
         out = args.out / name if len(ckpts) > 1 else args.out
-        result, pictured = score_checkpoint(ckpt, dataset, out, args)
+        result, pictured = score_checkpoint(ckpt, dataset, out, device, dtype, args)
         results.append(result)
-        frames.append(pictured)
+        pictures.append(pictured)
     if len(ckpts) > 1:
         print("\n" + comparison(names, results))
-        comparison_picture(names, results, frames).save(args.out / "comparison.png")
+        comparison_picture(names, results, pictures).save(args.out / "comparison.png")
     logs = {name: ckpt.log for name, ckpt in zip(names, ckpts) if ckpt.log}
     if logs:
         curves_picture(logs).save(args.out / "curves.png")
@@ -697,12 +696,65 @@ def number_in(low, high, kind=float):
     return convert
 
 
+def advice(error):
+    """What to tell the user about an exception, in one line; None for a bug."""
+    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
+        return ("out of memory: lower --workers (in a container, raise --shm-size); "
+                "for training, lower --batch or --crop, or choose a smaller --model")
+    if isinstance(error, (OSError, ValueError, FloatingPointError)):
+        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
+        return re.sub(r"^\w+Error: ", "", message)
+    return None
+
+
+# ------------------------------------------------------------------ signals and data workers
+
+# What handles Ctrl-C, SIGTERM and SIGUSR1, which may reach one process or all of them, and twice:
+#
+#     while a run trains          StopSignals: the run stops after its step, and is saved
+#     in its data workers         ignored, so that they live until the main process has saved
+#     while the program ends      ignored, so that a repeated signal does not change its status
+#     else                        Python's default
+
+
+class StopSignals:
+    """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
+
+    The run then stops after the current step or validation frame. Signals within two seconds
+    count as one, as torchrun and SLURM may pass on a signal that a process has received already.
+    A later one stops the run without saving.
+    """
+
+    def __init__(self):
+        self.requested, self.number, self.time = False, None, None
+
+    def receive(self, number, frame):
+        now = time.monotonic()
+        if self.requested and now > self.time + 2:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.number, self.time = True, number, now
+
+    def __enter__(self):
+        self.handlers = {}
+        for name in "SIGINT", "SIGTERM", "SIGUSR1":
+            if hasattr(signal, name):               # Windows has no SIGUSR1
+                number = getattr(signal, name)
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        if self.requested:                          # it may be repeated: until command_line ends
+            return
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 def command_line(main):
     """Run main(). An error that the user can correct ends in one line and exit status 2.
 
     To see the traceback of such an error: python -X dev train.py ...
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return main()
     except KeyboardInterrupt:
@@ -714,18 +766,33 @@ def command_line(main):
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
-        ignore_stop_signals()                       # a repeated signal must not change the status
+        ignore_stop_signals()
 
 
-def advice(error):
-    """What to tell the user about an exception, in one line; None for a bug."""
-    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
-        return ("out of memory: lower --workers (in a container, raise --shm-size); "
-                "for training, lower --batch or --crop, or choose a smaller --model")
-    if isinstance(error, (OSError, ValueError, FloatingPointError)):
-        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
-        return re.sub(r"^\w+Error: ", "", message)
-    return None
+def make_loader(dataset, workers, **options):
+    """A torch DataLoader whose worker processes leave signals to the main process."""
+    if workers > 0:
+        options["worker_init_fn"] = ignore_stop_signals
+        if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
+            options["multiprocessing_context"] = "fork"
+        atexit.unregister(kill_workers)             # so that it is registered only once
+        atexit.register(kill_workers)
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
+
+
+def ignore_stop_signals(*args):
+    """Make this process ignore Ctrl-C, SIGTERM and SIGUSR1."""
+    for name in "SIGINT", "SIGTERM", "SIGUSR1":
+        if hasattr(signal, name):                   # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def kill_workers():
+    """End workers that are left when the main process ends, as they ignore the usual SIGTERM."""
+    if hasattr(signal, "SIGCHLD"):                  # PyTorch's handler would report their end
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 if __name__ == "__main__":

@@ -184,7 +184,6 @@ def wave(h, w):
 
 @torch.no_grad()
 def test_outputs_equal_those_of_the_published_networks():
-    assert sorted(PUBLISHED) == sorted(unet.MODELS), "add the new model's numbers to PUBLISHED"
     for name, (known_hash, numbers) in PUBLISHED.items():
         model = unet.build_model(name).eval()
         module = model if name == "convunext" else model.encoder
@@ -548,6 +547,18 @@ def test_unusual_label_ids_are_read():
         assert np.array_equal(target, data.LABEL_TO_TRAIN[label])
 
 
+def test_other_classes_may_have_any_label_ids():
+    assert "40" in raises(ValueError, read_counts, {1: 60, 2: 30, 40: 10})
+    table, classes = np.full(256, 255, np.uint8), list(data.CLASSES)
+    for train_id, label_id in enumerate((1, 2, 40)):
+        table[label_id] = train_id
+        classes[train_id] = data.Class("mine", label_id, (0, 0, 0))
+    with mock.patch("data.LABEL_TO_TRAIN", table), mock.patch("data.CLASSES", classes):
+        _, target = read_counts({1: 60, 2: 30, 7: 5, 40: 5})        # like train ids, but for 40
+        assert np.bincount(target[0], minlength=4)[:3].tolist() == [60, 30, 5]
+        read_counts({1: 60, 2: 30, 7: 10})
+
+
 def test_train_id_trees_are_read_as_they_are():
     label = np.arange(20, dtype=np.uint8).reshape(4, 5)
     label[3, 4] = 255
@@ -715,9 +726,9 @@ def test_samples_depend_on_seed_epoch_and_index():
 
 def test_forked_and_spawned_workers_give_the_same_samples():
     frames, items = cropped(), range(3, 9)
-    forked = data.make_loader(frames, 2, sampler=items)
+    forked = evaluation.make_loader(frames, 2, sampler=items)
     with mock.patch("sys.platform", "darwin"):          # where fork is not safe
-        spawned = data.make_loader(frames, 1, sampler=items, multiprocessing_context="spawn")
+        spawned = evaluation.make_loader(frames, 1, sampler=items, multiprocessing_context="spawn")
     assert spawned.multiprocessing_context.get_start_method() == "spawn"
     for loader in forked, spawned:
         for k, (image, label) in zip(items, loader, strict=True):
@@ -729,14 +740,14 @@ def test_workers_ignore_the_signals_that_stop_a_run():
         stop = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
         return [signal.getsignal(number) for number in stop]
 
-    loader = data.make_loader([0], 1, collate_fn=report)
+    loader = evaluation.make_loader([0], 1, collate_fn=report)
     assert next(iter(loader)) == [signal.SIG_IGN] * 3
 
 
 def test_workers_end_quietly_with_the_main_process():
-    code = ("import data, torch\n"
+    code = ("import eval as evaluation, torch\n"
             "frames = torch.utils.data.TensorDataset(torch.zeros(100))\n"
-            "batches = iter(data.make_loader(frames, 2))\n"
+            "batches = iter(evaluation.make_loader(frames, 2))\n"
             "next(batches)\n")
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], text=True, timeout=50,
                             cwd=Path(data.__file__).parent, stderr=subprocess.PIPE)
@@ -952,7 +963,7 @@ def test_a_blob_is_moved_along_the_street():
         x, y = data.find_place(Image.fromarray(street()), blob, np.random.default_rng(seed))
         scale = (y + 1 - 0.42 * 256) / blob.drop
         moved.append(abs(abs(x - 256) / scale - abs(blob.side)))
-    assert np.median(moved) < 40                        # 23; for places drawn at random 63
+    assert np.median(moved) < 40                        # 20; for places drawn at random 63
 
 
 def test_blobs_are_mirrored_on_the_other_side_of_the_street():
@@ -1016,7 +1027,7 @@ def test_blobs_are_pasted_as_often_as_their_class_is_rare():
     pixels = np.zeros((100, 19), np.int64)
     pixels[:, 0] = 980
     pixels[:10, WALL] = 20                              # 2 % of 10 frames, 0.2 % of all
-    shares = data.class_shares(pixels)
+    shares = data.frame_shares(pixels)
     close(shares[0, WALL], 20 / 1000)
     close(shares[50], [1] + [0] * 18)
     blob = cut_wall()
@@ -1041,7 +1052,7 @@ def stored(seed=0, most=64, delay=0):
         read.append(index)
         return frames[index]
 
-    shares = data.class_shares(np.array(pixels))
+    shares = data.frame_shares(np.array(pixels))
     return data.collect_blobs(mock.Mock(seed=seed, read=read_frame), shares, most), read
 
 
@@ -1306,7 +1317,8 @@ def test_ranks_share_batches_and_validation_frames():
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused():
-    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=3)
+    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=3, copyblob=0,
+                     class_weights="none")
     with as_rank(0, 2):
         assert "2 processes" in raises(ValueError, train.build_data_and_loss, args, None)
 
@@ -1637,14 +1649,6 @@ def test_workers_of_training_end_before_validation():
     assert counts == [0, 0]
 
 
-def test_ctrl_c_during_the_imports_is_silent():
-    process = subprocess.Popen([sys.executable, str(HERE / "train.py")], cwd=FOLDER,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    time.sleep(0.4)                                     # torch alone takes longer
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.communicate()[0] and process.returncode != 0
-
-
 def test_a_bug_ends_every_process():
     process = launch(FOLDER / "bug", "--workers", "2", pause="no number, so that sleep fails")
     printed = finish(process)                       # no data worker remains
@@ -1652,8 +1656,8 @@ def test_a_bug_ends_every_process():
 
 
 def test_a_second_signal_within_two_seconds_is_the_same_request():
-    stop = train.StopSignals()
-    with mock.patch("train.time") as clock:
+    stop = evaluation.StopSignals()
+    with mock.patch.object(evaluation, "time") as clock:
         for now in 100, 100.5, 101.9:
             clock.monotonic.return_value = now
             stop.receive(signal.SIGTERM, None)
@@ -1664,10 +1668,10 @@ def test_a_second_signal_within_two_seconds_is_the_same_request():
 
 def test_a_repeated_signal_does_not_change_how_a_run_ends():
     before = signal.getsignal(signal.SIGTERM)
-    with train.StopSignals():
+    with evaluation.StopSignals():
         pass
     assert signal.getsignal(signal.SIGTERM) == before
-    with train.StopSignals() as stop:
+    with evaluation.StopSignals() as stop:
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == stop.receive         # until the process has ended
     for number in stop.handlers:
@@ -1706,8 +1710,7 @@ def test_resume_accepts_another_spelling_of_out_and_more_epochs():
 def test_broken_checkpoints_are_one_line():
     last, path = load(whole_run()), FOLDER / "broken" / "last.pt"
     path.parent.mkdir()
-    for change, part in (({"batch": 0}, "--batch"), ({"workers": 10**6 + 1}, "--workers"),
-                         ({"data": None}, path), ({"loss": None}, path), ({"model": 7}, path),
+    for change, part in (({"data": None}, path), ({"loss": None}, path), ({"model": 7}, path),
                          ({"model": "resnet34"}, "resnet34")):
         torch.save({**last, "settings": {**last["settings"], **change}}, path)
         status, line = command_line_of(train, "--resume", path)
@@ -2012,7 +2015,7 @@ def test_eval_by_its_own_predictions():
         else:
             close(iou, both[c.label_id] / either[c.label_id], 1e-9)
     assert result["images"] == len(truths) == 3 and result["settings"]["model"] == "resnet18"
-    close(result["miou"], result["settings"]["val_miou"])
+    close(result["miou"], result["val_miou"])
     assert (out / "confusion.png").exists() and (out / "curves.png").exists()
     assert len(list(out.glob("panel_*.png"))) == 3
 

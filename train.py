@@ -6,9 +6,9 @@
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
---resume needs; log.csv, one row for each epoch; curves.png, a picture of it. The frames, crops and
-random numbers of a step follow from (seed, step, rank) alone, so that a run that was stopped and
-resumed ends like one that was not.
+--resume needs; log.csv, one row for each epoch; curves.png, a picture of it. All that is random
+follows from the seed and the position of the run, so a run that was stopped and resumed ends like
+one that was not.
 """
 import argparse
 import contextlib
@@ -17,15 +17,11 @@ import io
 import math
 import os
 import platform
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-if __name__ == "__main__":                          # Ctrl-C during the imports: no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 import PIL
@@ -34,10 +30,10 @@ import torch.distributed as dist
 from torch import nn
 
 from data import (CLASSES, LABEL_TO_TRAIN, SCENES_MARK, Cityscapes, class_pixels, class_weights,
-                  make_loader, make_scenes, normalize)
-from eval import (autocast, command_line, curves_picture, default_workers, evaluate,
-                  load_checkpoint, load_weights, number_in, pick_amp, pick_device, rank, say,
-                  summarize, world_size)
+                  make_scenes, normalize)
+from eval import (StopSignals, autocast, command_line, curves_picture, default_workers, evaluate,
+                  load_checkpoint, load_weights, make_loader, number_in, pick_amp, pick_device,
+                  rank, say, summarize, world_size)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
@@ -136,15 +132,15 @@ POSITION = "epoch", "step", "loss_sum", "seconds", "best_miou", "log"       # at
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. It has been saved."""
+    """A signal asked the run to stop. It was saved after the last step."""
 
 
 class Run:
     """A training run: its parts, its position, and everything around a step.
 
-    `step` counts steps since the beginning of the run, `epoch` epochs that are complete and
-    logged. If a run was stopped during the validation, all steps of the epoch are done, but
-    `epoch` is not yet increased: `batches` yields nothing, and the validation follows.
+    `step` counts steps since the beginning of the run, `epoch` completed and logged epochs.
+    If a run was stopped during the validation, all steps of the epoch are done, but `epoch` is not
+    yet increased: `batches` yields nothing, and the validation follows.
 
     Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
     optimizer, scaler, position, log), and all that is random follows from the position: the
@@ -159,6 +155,7 @@ class Run:
         self.frame_size = list(self.val_set[0][1].shape)            # height, width
         self.steps_per_epoch = len(self.train_set) // args.batch
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
+        self.network = wrap_network(self.model, args)
         self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
@@ -166,7 +163,6 @@ class Run:
         self.best_miou, self.log = -1.0, []
         if args.resume:
             self.restore(args.resume)
-        self.network = wrap_network(self.model, args)
 
         self.saved_at = time.monotonic()
         self.began = self.saved_at - self.seconds   # as if the run had never stopped
@@ -244,29 +240,32 @@ class Run:
     def validate(self):
         """Score the validation frames -> dict of `summarize`; None if --val-every skips the epoch.
 
-        Each rank takes its share of the frames. Raises Stopped if a rank was asked to stop.
+        Raises Stopped if the run was asked to stop.
         """
         last = self.epoch + 1 == self.args.epochs
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
-        share = range(rank(), len(self.val_set), world_size())
-        common = len(self.val_set) // world_size()  # frames that every rank has; some have one more
-
-        def stop_if_asked(index, *frame):
-            # A rank with one frame more must not ask on it: the others have left the loop already.
-            if index < common and on_any_rank(self.stop.requested):
-                raise Stopped
-
         if world_size() > 1:
             for buffer in self.model.buffers():     # BatchNorm's averages: rank 0's for all
                 dist.broadcast(buffer, 0)
+        share = range(rank(), len(self.val_set), world_size())      # this rank's frames
         matrix = evaluate(self.model, torch.utils.data.Subset(self.val_set, share), self.device,
-                          self.dtype, workers=self.args.workers, visit=stop_if_asked)
+                          self.dtype, workers=self.args.workers, visit=self.stop_if_asked)
         if world_size() > 1:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
             raise ValueError(f"{self.args.data}: the validation labels hold none of the classes")
         return summarize(matrix.cpu())
+
+    def stop_if_asked(self, index, *frame):
+        """Raise Stopped after frame `index` of this rank's share if any rank was asked to stop.
+
+        All ranks must ask equally often. With 3 frames on 2 ranks, rank 0 has one more than rank 1
+        and must not ask after it.
+        """
+        frames_of_every_rank = len(self.val_set) // world_size()
+        if index < frames_of_every_rank and on_any_rank(self.stop.requested):
+            raise Stopped
 
     def end_epoch(self, scores):
         """Log the epoch, and keep its weights if they are the best so far."""
@@ -291,7 +290,7 @@ class Run:
         self.write_log()
         if scores and scores["miou"] > self.best_miou:
             self.best_miou = scores["miou"]
-            self.save_as("best.pt", {})
+            self.save_as("best.pt", self.model, {})
 
     def print_row(self, row):
         """Print the main columns of a row of the log, and the time that is left."""
@@ -324,17 +323,17 @@ class Run:
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - self.began
         position = {name: getattr(self, name) for name in POSITION}
-        self.save_as("last.pt", {
+        self.save_as("last.pt", self.model, {
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "num_frames": len(self.train_set), **position})
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
 
-    def save_as(self, name, more):
-        """Write a checkpoint: the weights, all that eval.py needs, and the dict `more`."""
+    def save_as(self, name, model, more):
+        """Write a checkpoint: weights of `model`, all that eval.py needs, and the dict `more`."""
         if rank() == 0:
             buffer = io.BytesIO()
-            torch.save({"model": self.model.state_dict(), "settings": settings_of(self.args),
+            torch.save({"model": model.state_dict(), "settings": settings_of(self.args),
                         "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
                         "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
                         "log": self.log, "made_by": self.args.made_by, **more}, buffer)
@@ -352,7 +351,7 @@ class Run:
                              f"the run of {path} began with {last['num_frames']}")
         if last["label_to_train"] != LABEL_TO_TRAIN.tolist():
             raise ValueError(f"{path}: LABEL_TO_TRAIN in data.py has changed since this run began, "
-                             "so that its scores would not compare; start a new run")
+                             "so scores would not be comparable; start a new run")
         load_weights(self.model, self.args.model, last, path)
         self.optimizer.load_state_dict(last["optimizer"])
         if self.scaler.is_enabled() and last["scaler"]:
@@ -457,7 +456,7 @@ def wrap_network(model, args):
     """
     network = model
     if world_size() > 1:
-        if next(model.parameters()).is_cuda:        # changes the layers of `model` itself
+        if next(model.parameters()).is_cuda:        # in `model` itself; keeps its parameters
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -484,7 +483,7 @@ def build_optimizer(model, args):
     return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
 
 
-# ------------------------------------------------------------- processes and signals
+# ------------------------------------------------------------------------------- processes
 
 
 def set_up_device(args):
@@ -519,39 +518,6 @@ def on_any_rank(condition):
     return value.item() > 0
 
 
-class StopSignals:
-    """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
-
-    The run then stops after the current step or validation frame. Signals within two seconds
-    count as one, as torchrun and SLURM may pass on a signal that a process has received already.
-    A later one stops the run without saving.
-    """
-
-    def __init__(self):
-        self.requested, self.number, self.time = False, None, None
-
-    def receive(self, number, frame):
-        now = time.monotonic()
-        if self.requested and now > self.time + 2:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self.number, self.time = True, number, now
-
-    def __enter__(self):
-        self.handlers = {}
-        for name in "SIGINT", "SIGTERM", "SIGUSR1":
-            if hasattr(signal, name):               # Windows has no SIGUSR1
-                number = getattr(signal, name)
-                self.handlers[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *error):
-        if self.requested:                          # keep our handlers while the process ends, as
-            return                                  # the signal may be repeated
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-
 # ------------------------------------------------------------------------- the command line
 
 # Options that may be changed on resume. They do not start another run, but some change its results,
@@ -560,8 +526,7 @@ MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_min
 
 
 def build_parser():
-    """The options of train.py. A new one is saved and resumed without more code; a flag needs
-    BooleanOptionalAction, as `options_of` writes --no-NAME for False."""
+    """The options of train.py. A new one is saved and resumed without more code."""
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     count, positive = number_in(1, 10**6, int), number_in(1e-9, 1e3)
@@ -640,20 +605,18 @@ def parse_args(argv=None):
 
 
 def parse_resumed(parser, argv, last):
-    """The options of the run of a last.pt, with those of the command line in their place.
+    """Parse a command line that continues the run of a last.pt.
 
-    Saved "--loss ce --epochs 10" and "--resume last.pt --epochs 20" become "--loss ce --epochs 10
-    --resume last.pt --epochs 20", of which argparse takes the last value. A change of an option
-    that is not in MAY_CHANGE is an error.
+    What is not given is as in that run. Only options in MAY_CHANGE may be given another value.
     """
-    saved = load_checkpoint(last)["settings"]
-    saved["out"] = str(last.parent)
-    args = parser.parse_args(options_of(saved) + argv)
+    parser.set_defaults(**load_checkpoint(last)["settings"])
+    parser.set_defaults(out=str(last.parent))
+    args = parser.parse_args(argv)
     args.resume = str(last)
     if Path(args.out).resolve() == last.parent.resolve():
-        args.out = saved["out"]                     # the same folder, spelled differently
+        args.out = str(last.parent)                 # it may be spelled differently
     for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
-        before = saved.get(name, parser.get_default(name))
+        before = parser.get_default(name)
         if getattr(args, name) != before:
             parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
                          "out, or start a new run in another --out")
@@ -663,22 +626,6 @@ def parse_resumed(parser, argv, last):
 def settings_of(args):
     """The options of a run, as plain values for its checkpoints."""
     return {name: value for name, value in vars(args).items() if name not in ("resume", "made_by")}
-
-
-def options_of(settings):
-    """The settings of a checkpoint as a command line, which argparse can then check."""
-    options = []
-    for name, value in settings.items():
-        option = "--" + name.replace("_", "-")
-        if value is True:
-            options.append(option)
-        elif value is False:
-            options.append(option.replace("--", "--no-", 1))
-        elif isinstance(value, (list, tuple)):
-            options += [option, *map(str, value)]
-        elif value is not None:
-            options += [option, str(value)]
-    return options
 
 
 def provenance(argv):
@@ -767,7 +714,7 @@ def main(argv=None):
             status = 128 + stop.number
             say("saved and stopped; "
                 f"continue with: python train.py --resume {run.out / 'last.pt'}")
-        except KeyboardInterrupt:                   # another signal, more than two seconds later
+        except KeyboardInterrupt:                   # a second signal, see StopSignals
             status = 128 + stop.number
             say("stopped at once; steps since the last save, if any, are lost")
     if dist.is_initialized():

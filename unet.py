@@ -11,6 +11,9 @@ still knows where things are.
                  v             v            v             v            │
     logits <──── Up <───────── Up <──────── Up <───────── Up <─────────┘           decoder
 
+(ConvNeXt has no map of stride 2, so there are three Ups.) A last 1x1 convolution turns the finest
+map into logits, which are enlarged to the size of the image.
+
 Encoders: ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
 2201.03545). Their weights are interchangeable with the published ImageNet weights. ConvUNeXt
 (Han et al. 2022, doi 10.1016/j.knosys.2022.109512) is a U-Net of ConvNeXt-like blocks.
@@ -270,12 +273,13 @@ class ConvUNeXtBlock(nn.Module):
 class GatedUp(nn.Module):
     """One decoder step of ConvUNeXt, with a gate on the skip that resembles an LSTM's.
 
-    x, N x C x H x W, and skip s, N x C x H' x W' (about 2H x 2W) -> N x out x H' x W'
+    x, N x C x H x W, and skip s, N x C x H' x W' (about 2H x 2W; both have C channels)
+    -> y, N x out x H' x W'
 
         z       = enlarge(norm(x))
         f, i, g = gate(z)
-        s       = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
-        y       = conv(conv1x1([linear2(s), z]))
+        s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
+        y       = conv(conv1x1([linear2(s'), z]))
     """
 
     def __init__(self, channels, out):
@@ -291,7 +295,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s), z]. A separate method, so that evaluation frees z, s, f, i, g after it."""
+        """[linear2(s'), z]. A method of its own, as its large temporaries are freed on return."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -300,7 +304,7 @@ class GatedUp(nn.Module):
         z = z.permute(0, 2, 3, 1)                   # N x H' x W' x C
         s = skip.permute(0, 2, 3, 1)
         f, i, g = self.gate(z).chunk(3, dim=-1)
-        s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)
+        s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)      # s'
         return torch.cat([self.linear2(s), z], dim=-1).permute(0, 3, 1, 2)
 
 
@@ -354,14 +358,15 @@ class ConvUNeXt(nn.Module):
 
 # --------------------------------------------------------------- models by name, with weights
 
-# To add an encoder, write a module with this contract and give it a row in SPECS:
+# A checkpoint stores the name of its model, a row of SPECS. So a variant of a model, such as a
+# wider decoder, is a row of its own. To add an encoder, write a module with this contract:
 #   encoder.channels    list of ints: the channels of each map, finest first
 #   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of 2 to 5 maps,
 #                       finest first, each half the size of the one before, the last of stride 32
 # A row: how to build the model for a number of classes; the URL of ImageNet weights for its
-# encoder, or None; and train.py's default optimizer and batch. The batch needs less than 16 GB:
-# the comment of a row is the memory of the activations that the backward pass needs, for a frame
-# of 512 x 1024 in bfloat16 (counted with torch.autograd.graph.saved_tensors_hooks).
+# encoder, or None; and train.py's default optimizer and batch, chosen to need less than 16 GB.
+# GiB at its end: the activations that the backward pass needs for one frame of 512 x 1024 in
+# bfloat16 (computed with torch.autograd.graph.saved_tensors_hooks).
 Spec = namedtuple("Spec", "build url optimizer batch")
 TORCHVISION = "https://download.pytorch.org/models"
 CONVNEXT = "https://dl.fbaipublicfiles.com/convnext"
@@ -402,14 +407,14 @@ def build_model(name, num_classes=19, pretrained=False):
 def load_imagenet(encoder, url):
     """Load published ImageNet weights into `encoder`; torch.hub downloads and caches the file.
 
-    torchvision's file names end in the beginning of a SHA-256 hash, which torch.hub verifies.
-    ConvNeXt's has none. Loading cannot execute code (weights_only). Raises OSError that names the
+    torchvision's file names contain the first digits of a SHA-256 hash, which torch.hub verifies.
+    ConvNeXt's does not. Loading cannot execute code (weights_only). Raises OSError that names the
     URL and torch.hub's folder if the weights cannot be loaded.
     """
     folder = f"{torch.hub.get_dir()}/checkpoints"
     classifier = ("fc.", "norm.", "head.")          # not part of the encoder
     if torch.hub.HASH_REGEX.search(url) is None:
-        print(f"{url}: has no hash in its name, so that the download is not verified", flush=True)
+        print(f"{url}: has no hash in its name, so the download is not verified", flush=True)
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
