@@ -51,7 +51,7 @@ CLASSES = [                                         # the position is the train 
     Class("motorcycle", 32, (0, 0, 230)),
     Class("bicycle", 33, (119, 11, 32)),
 ]
-LAST_LABEL_ID = 33                                  # of all, also those that are not evaluated
+LAST_LABEL_ID = 33                                  # the largest one, evaluated or not
 TRAIN_ID = {c.name: i for i, c in enumerate(CLASSES)}
 
 # Label id -> train id. Targets, class weights and CopyBlob all follow from this table, except for
@@ -59,10 +59,11 @@ TRAIN_ID = {c.name: i for i, c in enumerate(CLASSES)}
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)
 for c in CLASSES:
     LABEL_TO_TRAIN[c.label_id] = TRAIN_ID[c.name]
-# To count trailers (label id 30) as trucks, for example, add this line:
+# To count trailers (label id 30) as trucks, for example, add this line. It changes the truth of
+# the validation too, so scores are no longer Cityscapes' own.
 # LABEL_TO_TRAIN[30] = TRAIN_ID["truck"]
 
-TRAIN_TO_LABEL = np.full(256, IGNORE, np.uint8)     # the way back, for the official scorer
+TRAIN_TO_LABEL = np.full(256, IGNORE, np.uint8)     # inverse, for the official scorer
 for c in CLASSES:
     TRAIN_TO_LABEL[TRAIN_ID[c.name]] = c.label_id
 
@@ -143,7 +144,8 @@ class Cityscapes(torch.utils.data.Dataset):
     scale: (min, max), range of the random zoom before a crop
     pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
-    Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. A split
+    Item k = epoch * len + frame (see train.epoch_batches), so that a frame has new random numbers
+    in each epoch. A split
     other than train and val may have no labels; then all pixels are 255. Raises FileNotFoundError
     that says which files are missing.
     """
@@ -178,7 +180,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch; without it, a loop never ends
+    def __iter__(self):                             # one epoch, as self[k] is valid for every k
         for index in range(len(self)):
             yield self[index]
 
@@ -227,28 +229,29 @@ JITTER = 0.25                                       # colors change by up to thi
 
 
 def random_offset(length, window, rng):
-    """Where a window starts on an axis: inside the frame, or around it if the window is longer."""
-    spare = length - window
-    return rng.uniform(min(0, spare), max(0, spare))
+    """Where a window starts on an axis: in the frame, or before it if the window is longer."""
+    if window <= length:
+        return rng.uniform(0, length - window)
+    return rng.uniform(length - window, 0)
 
 
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
-    A window of the frame is resized to the crop, so that zoom and crop are one operation:
+    A window of the frame is resized to the crop, so that zoom and crop are one operation. On each
+    axis the window lies in the frame or, if it is longer, covers it; the rest is padding:
 
-         (x, y)
-           +--------------+                             crop = (h, w)
-           |  padding     |                             +---------+
-        +--|--------------|-------+    resize by zoom   | padding |
-        |  |              | h/zoom|    ------------->   |         | h
-        |  +--------------+       |                     +---------+
-        |       w/zoom            |                          w
-        +-------------------------+ frame
+        frame                               window
+        +--------------------+              +-----------+                 crop = (h, w)
+        |  window            |              |  padding  |                 +--------+
+        |  +------+          |           +--|-----------|--+   resize     |        |
+        |  |      | h/zoom   |     or    |  |           |  |   ------->   |        | h
+        |  +------+          |           +--|-----------|--+   by zoom    |        |
+        |   w/zoom           |       frame  |  padding  |                 +--------+
+        +--------------------+              +-----------+                     w
 
     `zoom` is log-uniform between scale[0] and scale[1]: (0.5, 2) enlarges as often as it reduces.
-    A window that is larger than the frame is padded with the mean color, and with 255
-    (ignored) in the label.
+    Padding is the mean color, and 255 (ignored) in the label.
     """
     height, width = crop
     zoom = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
@@ -318,48 +321,59 @@ LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at strid
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
 ADDED = 3               # pixels to paste / pixels that the class has
-Blob = namedtuple("Blob", "class_id image mask share foot side drop")
+Blob = namedtuple("Blob", "class_id image mask foot_column side drop area")
+
+
+def choose_piece(mask, rng):
+    """Choose a range of columns where a class stands -> (left, right, pixels), or None.
+
+    mask: bool H x W, where the class is. Gaps up to WIDEST_GAP are bridged, so that a pole in front
+    of a wall does not split it. Large pieces are chosen more often, those below LEAST_SHARE never.
+    """
+    columns = np.flatnonzero(mask.any(axis=0))
+    gaps = np.flatnonzero(np.diff(columns) > WIDEST_GAP * mask.shape[1])
+    pieces = np.split(columns, gaps + 1)
+    pixels = np.array([mask[:, piece].sum() for piece in pieces])
+    pixels[pixels < LEAST_SHARE * mask.size] = 0
+    if pixels.sum() == 0:
+        return None
+    chosen = rng.choice(len(pieces), p=pixels / pixels.sum())
+    piece = pieces[chosen]
+    return int(piece[0]), int(piece[-1]) + 1, pixels[chosen]
 
 
 def cut_blob(image, label, class_id, rng):
-    """Cut what a class covers in one range of columns out of a frame -> Blob, or None.
-
-    Gaps up to WIDEST_GAP are bridged, so that a pole in front of a wall leaves a hole but does
-    not split it. Pieces below LEAST_SHARE are never cut. Larger pieces are cut more often.
+    """Cut a piece of a class out of a frame -> Blob, or None if there is none.
 
     image, label: Pillow images, RGB and train ids (mode L)
-    Blob: image and mask are Pillow images (RGB and 1 bit); share is its part of the frame's area;
-    foot is the column of its lowest point in the mask; side (negative to the left of V) and drop
-    are the distances of that point from V in the frame
+    Blob: image and mask are Pillow images (RGB and 1 bit) of one size; foot_column is the column of
+    the foot in them; side (negative to the left of V) and drop are the distances of the foot from V
+    in the frame; area is the blob's share of the frame's pixels
     """
     mask = np.asarray(label) == class_id
-    height, width = mask.shape
-    columns = np.flatnonzero(mask.any(axis=0))
-    gaps = np.flatnonzero(np.diff(columns) > WIDEST_GAP * width)
-    pieces = np.split(columns, gaps + 1)
-    areas = np.array([mask[:, piece].sum() for piece in pieces])
-    areas[areas < LEAST_SHARE * mask.size] = 0
-    if areas.sum() == 0:
+    piece = choose_piece(mask, rng)
+    if piece is None:
         return None
-    chosen = rng.choice(len(pieces), p=areas / areas.sum())
-    piece, share = pieces[chosen], areas[chosen] / mask.size
-    left, right = int(piece[0]), int(piece[-1]) + 1
+    left, right, pixels = piece
     rows = np.flatnonzero(mask[:, left:right].any(axis=1))
     top, bottom = int(rows[0]), int(rows[-1]) + 1
-    foot = int(np.median(np.flatnonzero(mask[bottom - 1, left:right])))
-    side = left + foot - width / 2
-    drop = bottom - HORIZON * height
+    box = (left, top, right, bottom)
+
+    lowest = np.flatnonzero(mask[bottom - 1, left:right])       # columns of its lowest row
+    foot_column = int(np.median(lowest))
+    side = left + foot_column - image.width / 2
+    drop = bottom - HORIZON * image.height
     if drop < 1:                                    # it does not reach below the horizon
         return None
-    box = (left, top, right, bottom)
-    blob_image, blob_mask = image.crop(box), Image.fromarray(mask).crop(box)
-    return Blob(class_id, blob_image, blob_mask, share, foot, side, drop)
+    return Blob(class_id, image.crop(box), Image.fromarray(mask).crop(box), foot_column, side,
+                drop, pixels / mask.size)
 
 
 def mirror(blob):
     """The same blob on the other side of the street."""
     return blob._replace(image=ImageOps.mirror(blob.image), mask=ImageOps.mirror(blob.mask),
-                         foot=blob.image.width - 1 - blob.foot, side=-blob.side)
+                         foot_column=blob.image.width - 1 - blob.foot_column,
+                         side=-blob.side)
 
 
 def scale_at(y, label, blob):
@@ -382,7 +396,7 @@ def find_place(label, blob, rng):
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
-    sides = np.abs(xs[four] - label.width / 2)                  # either side of the street will do
+    sides = np.abs(xs[four] - label.width / 2)                  # on either side of the street
     wanted = scales[four] * abs(blob.side)
     best = four[np.argmin(np.abs(sides - wanted))]
     return int(xs[best]), int(ys[best])
@@ -406,9 +420,10 @@ def copy_blob(image, label, blob, rng):
         blob = mirror(blob)
     scale = scale_at(y, label, blob)
     width, height = round(scale * blob.image.width), round(scale * blob.image.height)
-    left, top = x - int(scale * blob.foot), y + 1 - height
+    left, top = x - int(scale * blob.foot_column), y + 1 - height
 
     mask = np.asarray(blob.mask.resize((width, height), Image.NEAREST))
+    # Outside of the frame, `crop` gives 0, road, which is never in front.
     covered = np.asarray(label.crop((left, top, left + width, top + height)))
     visible = Image.fromarray(mask & ~in_front(covered, mask))
 
@@ -421,35 +436,20 @@ def copy_blob(image, label, blob, rng):
 def in_front(covered, mask):
     """Which pixels of the train ids `covered` (uint8 H x W) stay in front of a blob -> bool H x W.
 
-    People always do. Other things do if they are nearer to the camera: in a column where a thing
-    covers the lowest pixel of the blob's mask, it touches the ground below the blob.
+    People always do. Other things do if they are nearer to the camera, that is, if they reach lower
+    in the picture than the blob. This is decided for each column: if a thing covers the lowest
+    pixel of the blob's mask, all things in the column stay in front.
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
     lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)  # in columns without mask: any row
-    nearer = things[lowest_row, np.arange(mask.shape[1])]       # one bool for each column
-    return people | (things & nearer)
+    column_is_nearer = things[lowest_row, np.arange(mask.shape[1])]
+    return people | (things & column_is_nearer)
 
 
 def frame_shares(pixels):
     """`class_pixels` as shares of the labeled pixels of each frame -> float frames x 19."""
     return pixels / np.maximum(pixels.sum(axis=1, keepdims=True), 1)
-
-
-def paste_rates(shares, blobs, strength):
-    """How often each class is pasted -> {class id: rate}, in blobs per frame, from 0 to 1.
-
-    At strength 1 so often that what is pasted has ADDED times the pixels that the class has.
-    Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
-    frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
-
-    shares: of `frame_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
-    """
-    rates = {}
-    for class_id, found in blobs.items():
-        mean_blob = np.mean([blob.share for blob in found])
-        rates[class_id] = strength * min(1, ADDED * shares[:, class_id].mean() / mean_blob)
-    return rates
 
 
 def collect_blobs(dataset, shares, most=64):
@@ -472,12 +472,12 @@ def collect_blobs(dataset, shares, most=64):
         for class_id in [TRAIN_ID[name] for name in CARRIER]:
             share = shares[:, class_id]
             is_rare = share.mean() < RARE
-            share = np.where(share < LEAST_SHARE, 0, share)
-            count = min(most, np.count_nonzero(share))
+            chance = np.where(share < LEAST_SHARE, 0, share)        # of each frame to be chosen
+            count = min(most, np.count_nonzero(chance))
             if count == 0 or not is_rare:
                 continue
-            frames = rng.choice(len(share), count, replace=False, p=share / share.sum()).tolist()
-            found = list(pool.map(cut, frames, [class_id] * count, rng.spawn(count)))
+            frames = rng.choice(len(chance), count, replace=False, p=chance / chance.sum())
+            found = list(pool.map(cut, frames.tolist(), [class_id] * count, rng.spawn(count)))
             found = [blob for blob in found if blob is not None]
             if found:
                 blobs[class_id] = found
@@ -485,6 +485,22 @@ def collect_blobs(dataset, shares, most=64):
         print(f"CopyBlob pastes nothing: none of {', '.join(CARRIER)} is rare (below {RARE:.0%} of "
               f"the pixels) and covers {LEAST_SHARE:.1%} of a frame in one piece", flush=True)
     return blobs
+
+
+def paste_rates(shares, blobs, strength):
+    """How often each class is pasted -> {class id: rate}, in blobs per frame, from 0 to 1.
+
+    At strength 1, the pasted blobs have ADDED times the pixels that the class has by itself.
+    Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
+    frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
+
+    shares: of `frame_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
+    """
+    rates = {}
+    for class_id, found in blobs.items():
+        mean_area = np.mean([blob.area for blob in found])
+        rates[class_id] = strength * min(1, ADDED * shares[:, class_id].mean() / mean_area)
+    return rates
 
 
 # ------------------------------------------------------------------------------ class weights

@@ -744,8 +744,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *error):
-        if self.requested:                          # it may be repeated: until command_line ends
-            return
+        if self.requested:                          # the same signal may come again before
+            return                                  # command_line ignores it
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

@@ -3,7 +3,7 @@
 Every loss takes logits and labels and gives one number, by the same rules:
 - A pixel labeled 255 is ignored exactly: its logits change neither the loss nor any gradient.
 - Everything is float32 with autocast off: a float16 sum over a crop overflows.
-- A batch in which nothing is labeled costs 0, and its gradient is 0.
+- A batch in which nothing is labeled has loss 0 and gradient 0.
 - Class weights w, where given, scale each class; only their ratios matter, since a loss is
   divided by the weights that went into it.
 
@@ -18,12 +18,24 @@ IGNORE = 255
 def _pixel_mean(loss, target, weights):
     """Weighted mean of a loss N x H x W over the labeled pixels: sum w l / sum w.
 
-    This divides by the weights, as F.cross_entropy(weight=...) does, but is 0 for no pixel.
+    This divides by the weights, as F.cross_entropy(weight=...) does, but returns 0 if no pixel is
+    labeled.
     """
     table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
     table[:len(weights)] = weights
     w = table[target]
     return (w * loss).sum() / w.sum().clamp_min(1e-30)
+
+
+def _class_sums(logits, target):
+    """Sums over the labeled pixels of a batch, for each class: p t, p and t -> three tensors of C.
+
+    t is the one-hot truth, p the softmax. Shapes as in `cross_entropy`.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
+    p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
+    return (p * t).sum((0, 2, 3)), p.sum((0, 2, 3)), t.sum((0, 2, 3))
 
 
 def cross_entropy(logits, target, weights):
@@ -57,11 +69,8 @@ def dice(logits, target, weights):
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
     """
-    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-    t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
-    p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
-    overlap, truth = (p * t).sum((0, 2, 3)), t.sum((0, 2, 3))       # C
-    score = 2 * overlap / (p.sum((0, 2, 3)) + truth).clamp_min(1e-6)
+    overlap, predicted, truth = _class_sums(logits, target)
+    score = 2 * overlap / (predicted + truth).clamp_min(1e-6)
     w = weights * (truth > 0)
     return (w * (1 - score)).sum() / w.sum().clamp_min(1e-30)
 

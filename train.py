@@ -6,8 +6,8 @@
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
---resume needs; log.csv, one row for each epoch; curves.png, a picture of it. All that is random
-follows from the seed and the position of the run, so a run that was stopped and resumed ends like
+--resume needs; log.csv, one row for each epoch; curves.png, a picture of it. Every random number is
+derived from the seed and the position of the run, so a run that was stopped and resumed ends like
 one that was not.
 """
 import argparse
@@ -37,34 +37,7 @@ from eval import (StopSignals, autocast, command_line, curves_picture, default_w
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
-# ----------------------------------------------------------------------------------- defaults
-
-# For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
-# SGD's default rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
-CITYSCAPES_DEFAULTS = {
-    "model": "resnet34",
-    "pretrained": True,                 # ImageNet weights, if there are any for the model
-    "epochs": 200,
-    "batch": 8,                         # or the model's batch in unet.SPECS if that is smaller
-    "crop": [512, 1024],                # height x width; smaller frames: the frame
-    "scale": [0.5, 2.0],
-    "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
-}
-# For the generated scenes: a small network, and many small steps from random weights.
-SCENES_DEFAULTS = {
-    "model": "resnet18",
-    "pretrained": False,
-    "epochs": 10,
-    "batch": 2,
-    "crop": [128, 256],
-    "scale": [0.8, 1.25],
-    "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
-}
-# `encoder_lr` is a factor on the rate of a pretrained encoder.
-OPTIMIZER_DEFAULTS = {
-    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
-    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001},
-}
+# ----------------------------------------------------------------------------------- the loop
 
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
@@ -77,9 +50,6 @@ def learning_rate(args, step, steps_per_epoch, factor=1.0):
     warmup = min(1.0, (step + 1) / warmup_steps)
     decay = (1 - step / total_steps) ** 0.9
     return args.lr * factor * warmup * decay
-
-
-# ----------------------------------------------------------------------------------- the loop
 
 
 def train(run):
@@ -155,7 +125,8 @@ class Run:
         self.frame_size = list(self.val_set[0][1].shape)            # height, width
         self.steps_per_epoch = len(self.train_set) // args.batch
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
-        self.network = wrap_network(self.model, args)
+        self.network = wrap_network(self.model, args)               # gives all ranks equal weights
+        self.scored_model = self.model              # is validated, and saved in best.pt
         self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
@@ -176,8 +147,8 @@ class Run:
         """
         done = self.step - self.epoch * self.steps_per_epoch
         batches = epoch_batches(self.epoch, len(self.train_set), self.args.batch, self.args.seed)
-        items = [batch[rank()::world_size()] for batch in batches[done:]]
-        loader = make_loader(self.train_set, self.args.workers, batch_sampler=items,
+        batches_of_rank = [batch[rank()::world_size()] for batch in batches[done:]]
+        loader = make_loader(self.train_set, self.args.workers, batch_sampler=batches_of_rank,
                              pin_memory=self.device.type == "cuda")
         waited, start = 0.0, time.monotonic()
         asked = start
@@ -187,7 +158,7 @@ class Run:
                    target.to(self.device, non_blocking=True))
             asked = time.monotonic()
         seconds = max(asked - start, 1e-9)
-        self.images_per_s = len(items) * self.args.batch / seconds
+        self.images_per_s = len(batches_of_rank) * self.args.batch / seconds
         self.data_wait = waited / seconds
 
     def after_step(self, loss):
@@ -195,7 +166,7 @@ class Run:
         self.step += 1
         self.losses.append(loss)
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        # Every rank must make both calls.
+        # Every rank must make both calls, as they communicate.
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
         on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
@@ -246,11 +217,12 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         if world_size() > 1:
-            for buffer in self.model.buffers():     # BatchNorm's averages: rank 0's for all
+            for buffer in self.scored_model.buffers():     # BatchNorm's averages: rank 0's for all
                 dist.broadcast(buffer, 0)
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
-        matrix = evaluate(self.model, torch.utils.data.Subset(self.val_set, share), self.device,
-                          self.dtype, workers=self.args.workers, visit=self.stop_if_asked)
+        frames = torch.utils.data.Subset(self.val_set, share)
+        matrix = evaluate(self.scored_model, frames, self.device, self.dtype,
+                          workers=self.args.workers, visit=self.stop_if_asked)
         if world_size() > 1:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
@@ -290,7 +262,7 @@ class Run:
         self.write_log()
         if scores and scores["miou"] > self.best_miou:
             self.best_miou = scores["miou"]
-            self.save_as("best.pt", self.model, {})
+            self.save_as("best.pt", self.scored_model, {})
 
     def print_row(self, row):
         """Print the main columns of a row of the log, and the time that is left."""
@@ -421,8 +393,8 @@ def build_data_and_loss(args, device):
     val_set = Cityscapes(args.data, "val")
     pixels, weights = None, None
     if args.copyblob > 0 or args.class_weights != "none":
-        frames = Cityscapes(args.data, "train")
-        pixels = from_rank_0(lambda: class_pixels(frames))
+        whole_frames = Cityscapes(args.data, "train")
+        pixels = from_rank_0(lambda: class_pixels(whole_frames))    # not counted on every rank
         weights = class_weights(pixels, args.class_weights)
     train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale,
                            pixels)
@@ -456,7 +428,7 @@ def wrap_network(model, args):
     """
     network = model
     if world_size() > 1:
-        if next(model.parameters()).is_cuda:        # in `model` itself; keeps its parameters
+        if next(model.parameters()).is_cuda:        # replaces the norms in `model`
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -520,8 +492,34 @@ def on_any_rank(condition):
 
 # ------------------------------------------------------------------------- the command line
 
-# Options that may be changed on resume. They do not start another run, but some change its results,
-# such as --epochs and --amp.
+# For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
+# SGD's default rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
+CITYSCAPES_DEFAULTS = {
+    "model": "resnet34",
+    "pretrained": True,                 # ImageNet weights, if there are any for the model
+    "epochs": 200,
+    "batch": 8,                         # or the model's batch in unet.SPECS if that is smaller
+    "crop": [512, 1024],                # height x width, at most the frame
+    "scale": [0.5, 2.0],
+    "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
+}
+# For the generated scenes: a small network, and many small steps from random weights.
+SCENES_DEFAULTS = {
+    "model": "resnet18",
+    "pretrained": False,
+    "epochs": 10,
+    "batch": 2,
+    "crop": [128, 256],
+    "scale": [0.8, 1.25],
+    "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
+}
+# `encoder_lr` is a factor on the rate of a pretrained encoder.
+OPTIMIZER_DEFAULTS = {
+    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
+    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001},
+}
+
+# Options that may be changed on resume, although some of them change the results of the run.
 MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
 
 
@@ -609,14 +607,15 @@ def parse_resumed(parser, argv, last):
 
     What is not given is as in that run. Only options in MAY_CHANGE may be given another value.
     """
-    parser.set_defaults(**load_checkpoint(last)["settings"])
-    parser.set_defaults(out=str(last.parent))
+    saved = load_checkpoint(last)["settings"]
+    saved["out"] = str(last.parent)
+    parser.set_defaults(**saved)
     args = parser.parse_args(argv)
     args.resume = str(last)
     if Path(args.out).resolve() == last.parent.resolve():
-        args.out = str(last.parent)                 # it may be spelled differently
+        args.out = saved["out"]                     # it may be spelled differently
     for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
-        before = parser.get_default(name)
+        before = parser.get_default(name)           # as saved; of a newer option, its own default
         if getattr(args, name) != before:
             parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
                          "out, or start a new run in another --out")

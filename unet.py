@@ -295,11 +295,11 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. A method of its own, as its large temporaries are freed on return."""
+        """[linear2(s'), z]. In evaluation, its large intermediate values are freed on return."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
-        z = F.pad(z, (dx // 2, dx - dx // 2, dy // 2, dy - dy // 2))
+        z = F.pad(z, (0, dx, 0, dy))
 
         z = z.permute(0, 2, 3, 1)                   # N x H' x W' x C
         s = skip.permute(0, 2, 3, 1)
@@ -364,23 +364,22 @@ class ConvUNeXt(nn.Module):
 #   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of 2 to 5 maps,
 #                       finest first, each half the size of the one before, the last of stride 32
 # A row: how to build the model for a number of classes; the URL of ImageNet weights for its
-# encoder, or None; and train.py's default optimizer and batch, chosen to need less than 16 GB.
-# GiB at its end: the activations that the backward pass needs for one frame of 512 x 1024 in
-# bfloat16 (computed with torch.autograd.graph.saved_tensors_hooks).
+# encoder, or None (ResNet-50's are torchvision's IMAGENET1K_V2); and train.py's default optimizer
+# and batch, chosen to need less than 16 GB.
 Spec = namedtuple("Spec", "build url optimizer batch")
 TORCHVISION = "https://download.pytorch.org/models"
 CONVNEXT = "https://dl.fbaipublicfiles.com/convnext"
 SPECS = {
     "resnet18": Spec(lambda classes: UNet(ResNet(BasicBlock, (2, 2, 2, 2)), classes),
-                     f"{TORCHVISION}/resnet18-f37072fd.pth", "sgd", 8),            # 0.3 GiB
+                     f"{TORCHVISION}/resnet18-f37072fd.pth", "sgd", 8),
     "resnet34": Spec(lambda classes: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet34-b627a593.pth", "sgd", 8),            # 0.3 GiB
+                     f"{TORCHVISION}/resnet34-b627a593.pth", "sgd", 8),
     "resnet50": Spec(lambda classes: UNet(ResNet(Bottleneck, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet50-11ad3fa6.pth", "sgd", 8),            # 0.6 GiB
+                     f"{TORCHVISION}/resnet50-11ad3fa6.pth", "sgd", 8),
     "convnext_tiny": Spec(
         lambda classes: UNet(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), classes),
-        f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),           # 0.7 GiB
-    "convunext": Spec(ConvUNeXt, None, "sgd", 4),                       # 2.6 GiB
+        f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),
+    "convunext": Spec(ConvUNeXt, None, "sgd", 4),
 }
 MODELS = list(SPECS)
 
