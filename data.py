@@ -4,6 +4,7 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
 
     leftImg8bit/<split>/<city>/<city>_<seq>_<frame>_leftImg8bit.png         RGB, 2048 x 1024
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png          label ids, 8 bits
+                                         (or: ..._gtFine_labelTrainIds.png, train ids)
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated; these are renumbered
 as train ids 0 ... 18, which is what networks predict. All others become 255, which losses and
@@ -59,8 +60,8 @@ TRAIN_ID = {c.name: i for i, c in enumerate(CLASSES)}
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)
 for c in CLASSES:
     LABEL_TO_TRAIN[c.label_id] = TRAIN_ID[c.name]
-# To count trailers (label id 30) as trucks, for example, add this line. It changes the truth of
-# the validation too, so scores are no longer Cityscapes' own.
+# To count trailers (label id 30) as trucks, for example, uncomment this line. It changes the truth
+# of the validation too, so scores are no longer Cityscapes' own.
 # LABEL_TO_TRAIN[30] = TRAIN_ID["truck"]
 
 TRAIN_TO_LABEL = np.full(256, IGNORE, np.uint8)     # inverse, for the official scorer
@@ -144,8 +145,7 @@ class Cityscapes(torch.utils.data.Dataset):
     scale: (min, max), range of the random zoom before a crop
     pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
-    Item k = epoch * len + frame (see train.epoch_batches), so that a frame has new random numbers
-    in each epoch. A split
+    Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. A split
     other than train and val may have no labels; then all pixels are 255. Raises FileNotFoundError
     that says which files are missing.
     """
@@ -229,7 +229,8 @@ JITTER = 0.25                                       # colors change by up to thi
 
 
 def random_offset(length, window, rng):
-    """Where a window starts on an axis: in the frame, or before it if the window is longer."""
+    """Where a window starts on an axis: in the frame, or < 0 if it is longer and covers the frame.
+    """
     if window <= length:
         return rng.uniform(0, length - window)
     return rng.uniform(length - window, 0)
@@ -241,11 +242,11 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     A window of the frame is resized to the crop, so that zoom and crop are one operation. On each
     axis the window lies in the frame or, if it is longer, covers it; the rest is padding:
 
-        frame                               window
+        frame                            (x, y < 0)
         +--------------------+              +-----------+                 crop = (h, w)
-        |  window            |              |  padding  |                 +--------+
+        | (x, y)             |              |  padding  |                 +--------+
         |  +------+          |           +--|-----------|--+   resize     |        |
-        |  |      | h/zoom   |     or    |  |           |  |   ------->   |        | h
+        |  |      | h/zoom   |     or    |  |  window   |  |   ------->   |        | h
         |  +------+          |           +--|-----------|--+   by zoom    |        |
         |   w/zoom           |       frame  |  padding  |                 +--------+
         +--------------------+              +-----------+                     w
@@ -286,7 +287,7 @@ def jitter(image, rng):
     Both are affine in R, G, B, so one 3 x 4 color matrix does both.
     """
     brightness, contrast, saturation = rng.uniform(1 - JITTER, 1 + JITTER, 3)
-    gray = np.tile([0.299, 0.587, 0.114], (3, 1))
+    gray = np.tile([0.299, 0.587, 0.114], (3, 1))               # 3 x 3: each row gives the gray
     matrix = np.zeros((3, 4))
     matrix[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * gray)
     matrix[:, 3] = brightness * (1 - contrast) * 128
@@ -325,10 +326,10 @@ Blob = namedtuple("Blob", "class_id image mask foot_column side drop area")
 
 
 def choose_piece(mask, rng):
-    """Choose a range of columns where a class stands -> (left, right, pixels), or None.
+    """Choose a range of columns where a class occurs -> (left, right, pixels), or None.
 
-    mask: bool H x W, where the class is. Gaps up to WIDEST_GAP are bridged, so that a pole in front
-    of a wall does not split it. Large pieces are chosen more often, those below LEAST_SHARE never.
+    mask: bool H x W, where the class is. Gaps up to WIDEST_GAP do not split a piece. Large pieces
+    are chosen more often, those below LEAST_SHARE never.
     """
     columns = np.flatnonzero(mask.any(axis=0))
     gaps = np.flatnonzero(np.diff(columns) > WIDEST_GAP * mask.shape[1])
@@ -384,9 +385,9 @@ def scale_at(y, label, blob):
 def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
-    The scale is between 0.5 and 2. A blob that moves along the street gets the side
-    scale * blob.side. Of four random places, the one that is nearest to it is taken: what stood
-    at the curb stays near the curb.
+    The scale is between 0.5 and 2. When a blob moves along the street, the distance of its foot
+    from the middle is multiplied by the scale. Of four random places on either side, this takes
+    the one whose distance fits best: what stood at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
@@ -396,14 +397,14 @@ def find_place(label, blob, rng):
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
-    sides = np.abs(xs[four] - label.width / 2)                  # on either side of the street
-    wanted = scales[four] * abs(blob.side)
-    best = four[np.argmin(np.abs(sides - wanted))]
+    distances = np.abs(xs[four] - label.width / 2)
+    wanted_distances = scales[four] * abs(blob.side)
+    best = four[np.argmin(np.abs(distances - wanted_distances))]
     return int(xs[best]), int(ys[best])
 
 
 def copy_blob(image, label, blob, rng):
-    """Paste a blob with its foot on the class that carries it -> new image and label.
+    """Paste a blob with its foot on its CARRIER -> new image and label.
 
     What lies outside of the frame is clipped. People stay in front of the blob, and so do things
     that are nearer. Returns the same image and label if there is no place.
@@ -461,9 +462,9 @@ def collect_blobs(dataset, shares, most=64):
     the frames and dataset.seed. Prints a line if there is nothing to paste.
     shares: of `frame_shares`
     """
-    def cut(index, class_id, stream):
+    def cut(index, class_id, rng):
         image, label = dataset.read(index)
-        return cut_blob(image, label, class_id, stream)
+        return cut_blob(image, label, class_id, rng)
 
     # A fourth number makes this stream differ from those of the samples, (seed, epoch, index).
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
@@ -477,7 +478,8 @@ def collect_blobs(dataset, shares, most=64):
             if count == 0 or not is_rare:
                 continue
             frames = rng.choice(len(chance), count, replace=False, p=chance / chance.sum())
-            found = list(pool.map(cut, frames.tolist(), [class_id] * count, rng.spawn(count)))
+            rngs = rng.spawn(count)                 # one for each frame, as threads have no order
+            found = list(pool.map(cut, frames.tolist(), [class_id] * count, rngs))
             found = [blob for blob in found if blob is not None]
             if found:
                 blobs[class_id] = found
@@ -590,10 +592,11 @@ def check_pairs(root, split, images, labels):
 
 
 def check_label(path, label, has_train_ids):
-    """Raise ValueError unless a label picture holds the ids that its name announces."""
+    """Raise ValueError unless a label picture contains the kind of ids that its file name says."""
     if label.mode != "L":
         raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
-                         "Cityscapes' *_gtFine_labelIds.png files, or save it as 8-bit grayscale")
+                         "Cityscapes' *_gtFine_labelIds.png files, or save ids, not colors, as "
+                         "8-bit grayscale")
     pixels = np.array(label.histogram())            # of each value, 256
     largest = len(CLASSES) - 1
     if not has_train_ids:

@@ -744,8 +744,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *error):
-        if self.requested:                          # the same signal may come again before
-            return                                  # command_line ignores it
+        if self.requested:      # keep our handlers: a repeated signal must not end the program
+            return              # before command_line makes it ignore signals
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

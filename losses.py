@@ -76,7 +76,7 @@ def dice(logits, target, weights):
 
 
 def ce_dice(logits, target, weights):
-    """Cross-entropy + Dice: the first has smooth gradients, the second weighs classes equally."""
+    """Cross-entropy, which has smooth gradients, + Dice, which weighs all classes equally."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

@@ -59,7 +59,7 @@ def confusions(m):
 
     Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union
     of i, TP + FP + FN. The diagonal is 0. Row i sums to (FP + FN) / union = 1 - IoU of i (NaN
-    where that is NaN).
+    if the IoU is NaN).
     """
     tp = m.diag().double()
     lost = (m + m.T).double().fill_diagonal_(0)

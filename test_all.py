@@ -239,6 +239,11 @@ def test_unet_pads_encodes_decodes_enlarges_and_crops():
         close(model(wave(50, 70)), logits[..., :50, :70])
 
 
+def test_too_few_decoder_widths_are_refused():
+    encoder = unet.ResNet(unet.BasicBlock, (1, 1, 1, 1))
+    raises(ValueError, unet.UNet, encoder, 5, (256, 128, 64))
+
+
 @torch.no_grad()
 def test_logits_are_float32_and_enlarged_in_float32_under_autocast():
     model, convunext = unet.build_model("resnet18"), unet.build_model("convunext")

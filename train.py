@@ -84,7 +84,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # of integers: the same in every process
+    torch.manual_seed(hash((seed, step, rank())))   # Python's hash of integers never varies
 
 
 def clip_gradients(run):
@@ -126,7 +126,8 @@ class Run:
         self.steps_per_epoch = len(self.train_set) // args.batch
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
         self.network = wrap_network(self.model, args)               # gives all ranks equal weights
-        self.scored_model = self.model              # is validated, and saved in best.pt
+        self.scored_model = self.model              # is validated, and saved in best.pt; differs
+                                                    # from `model` only if you average weights
         self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
@@ -151,13 +152,13 @@ class Run:
         loader = make_loader(self.train_set, self.args.workers, batch_sampler=batches_of_rank,
                              pin_memory=self.device.type == "cuda")
         waited, start = 0.0, time.monotonic()
-        asked = start
+        requested = start                           # when the next batch was asked for
         for images, target in loader:
-            waited += time.monotonic() - asked
+            waited += time.monotonic() - requested
             yield (images.to(self.device, non_blocking=True),
                    target.to(self.device, non_blocking=True))
-            asked = time.monotonic()
-        seconds = max(asked - start, 1e-9)
+            requested = time.monotonic()
+        seconds = max(requested - start, 1e-9)      # no batch was left: 0
         self.images_per_s = len(batches_of_rank) * self.args.batch / seconds
         self.data_wait = waited / seconds
 
@@ -166,7 +167,7 @@ class Run:
         self.step += 1
         self.losses.append(loss)
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        # Every rank must make both calls, as they communicate.
+        # Both calls are collective: every rank must make them.
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
         on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
@@ -232,8 +233,8 @@ class Run:
     def stop_if_asked(self, index, *frame):
         """Raise Stopped after frame `index` of this rank's share if any rank was asked to stop.
 
-        All ranks must ask equally often. With 3 frames on 2 ranks, rank 0 has one more than rank 1
-        and must not ask after it.
+        `on_any_rank` waits for all ranks, so all must call it equally often. A rank with one frame
+        more than the others does not call it after that frame.
         """
         frames_of_every_rank = len(self.val_set) // world_size()
         if index < frames_of_every_rank and on_any_rank(self.stop.requested):
@@ -343,7 +344,7 @@ class Run:
 
         On Windows, for example, a file cannot be replaced while a spreadsheet has it open.
         """
-        if not rank() == 0:
+        if rank() != 0:
             return
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.log[0])
@@ -605,20 +606,20 @@ def parse_args(argv=None):
 def parse_resumed(parser, argv, last):
     """Parse a command line that continues the run of a last.pt.
 
-    What is not given is as in that run. Only options in MAY_CHANGE may be given another value.
+    The saved options become the parser's defaults. So an option differs from its default only if
+    the command line gives it another value, which is an error unless it is in MAY_CHANGE.
     """
-    saved = load_checkpoint(last)["settings"]
-    saved["out"] = str(last.parent)
-    parser.set_defaults(**saved)
+    parser.set_defaults(**load_checkpoint(last)["settings"])
+    parser.set_defaults(out=str(last.parent))
     args = parser.parse_args(argv)
-    args.resume = str(last)
-    if Path(args.out).resolve() == last.parent.resolve():
-        args.out = saved["out"]                     # it may be spelled differently
-    for name in vars(args).keys() - MAY_CHANGE - {"resume"}:
-        before = parser.get_default(name)           # as saved; of a newer option, its own default
-        if getattr(args, name) != before:
-            parser.error(f"--{name.replace('_', '-')} is {before} in {last}; leave this option "
+    if Path(args.out).resolve() != last.parent.resolve():
+        parser.error(f"--out {args.out} is not the folder of {last}; leave --out out")
+    for name in vars(args).keys() - MAY_CHANGE - {"out", "resume"}:
+        default = parser.get_default(name)
+        if getattr(args, name) != default:
+            parser.error(f"--{name.replace('_', '-')} is {default} in {last}; leave this option "
                          "out, or start a new run in another --out")
+    args.resume = str(last)
     return args
 
 
@@ -655,7 +656,7 @@ def prepare_data(args):
 
 
 def fill_defaults(args, defaults, device):
-    """Give every option that was not set its default; `defaults` is a table from the top."""
+    """Give every option that was not set its default; `defaults`: one of the tables above."""
     def set_if_none(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50.
+    """Residual block of 1x1, 3x3 and 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50 and deeper.
 
     N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride)
     The stride is on the 3x3 convolution, as in the published weights ("ResNet v1.5").
@@ -66,9 +66,10 @@ class Bottleneck(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = shortcut(channels, 4 * width, stride)
+        out = self.expansion * width
+        self.conv3 = nn.Conv2d(width, out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out)
+        self.downsample = shortcut(channels, out, stride)
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -230,6 +231,8 @@ class UNet(nn.Module):
         super().__init__()
         self.encoder = encoder
         *skip_channels, channels = encoder.channels
+        if len(widths) < len(skip_channels):
+            raise ValueError(f"{len(widths)} widths for {len(skip_channels)} skips")
         self.ups = nn.ModuleList()
         for skip, width in zip(reversed(skip_channels), widths):
             self.ups.append(Up(channels, skip, width))
@@ -295,7 +298,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. In evaluation, its large intermediate values are freed on return."""
+        """[linear2(s'), z]. A method, so that evaluation frees f, i, g before the convolution."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
