@@ -95,7 +95,7 @@ def read_picture(path, formats):
     try:
         picture = Image.open(path, formats=formats)
         picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)         # upright, as it was photographed
+        ImageOps.exif_transpose(picture, in_place=True)         # the EXIF rotation
         return picture
     except Exception as error:                      # Pillow raises errors of many kinds
         raise OSError(f"{path}: cannot read this picture ({error}); "
@@ -171,7 +171,7 @@ class Cityscapes(torch.utils.data.Dataset):
         self.images = list(images.values())
         self.labels = [labels.get(name) for name in images]
         self.names = [name.split("/")[1] for name in images]
-        self.blobs, self.rates = {}, {}             # by class id: what CopyBlob pastes, how often
+        self.blobs, self.rates = {}, {}             # by train id: what CopyBlob pastes, how often
         if copyblob > 0:
             shares = frame_shares(class_pixels(self) if pixels is None else pixels)
             self.blobs = collect_blobs(self, shares)
@@ -196,8 +196,8 @@ class Cityscapes(torch.utils.data.Dataset):
 
     def paste_blobs(self, image, label, rng):
         """CopyBlob: paste a blob of each rare class, at its rate."""
-        for class_id, blobs in self.blobs.items():
-            if rng.random() < self.rates[class_id]:
+        for train_id, blobs in self.blobs.items():
+            if rng.random() < self.rates[train_id]:
                 blob = blobs[rng.integers(len(blobs))]
                 image, label = copy_blob(image, label, blob, rng)
         return image, label
@@ -228,27 +228,34 @@ def find_files(folder, ending):
 JITTER = 0.25                                       # colors change by up to this factor
 
 
-def random_offset(length, window, rng):
-    """Where a window starts on an axis: in the frame, or < 0 if it is longer and covers the frame.
+def place_window(length, crop, zoom, rng):
+    """Place a window of crop / zoom pixels at random on one axis of a frame of `length` pixels.
+
+    It lies in the frame or, if it is longer, covers it. -> (start, end, crop_start, crop_end): the
+    part of the window that lies in the frame, in pixels of the frame and in pixels of the crop
     """
+    window = crop / zoom
     if window <= length:
-        return rng.uniform(0, length - window)
-    return rng.uniform(length - window, 0)
+        offset = rng.uniform(0, length - window)
+    else:
+        offset = rng.uniform(length - window, 0)
+    start, end = max(0, offset), min(length, offset + window)
+    crop_start, crop_end = round((start - offset) * zoom), round((end - offset) * zoom)
+    return start, end, crop_start, max(crop_start + 1, crop_end)
 
 
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
-    A window of the frame is resized to the crop, so that zoom and crop are one operation. On each
-    axis the window lies in the frame or, if it is longer, covers it; the rest is padding:
+    A window of the frame is resized to the crop, so that zoom and crop are one operation:
 
-        frame                            (x, y < 0)
-        +--------------------+              +-----------+                 crop = (h, w)
-        | (x, y)             |              |  padding  |                 +--------+
+        frame                                                             crop = (h, w)
+        +--------------------+              +-----------+
+        |                    |              |  padding  |                 +--------+
         |  +------+          |           +--|-----------|--+   resize     |        |
-        |  |      | h/zoom   |     or    |  |  window   |  |   ------->   |        | h
+        |  |window| h/zoom   |     or    |  |  window   |  |   ------->   |        | h
         |  +------+          |           +--|-----------|--+   by zoom    |        |
-        |   w/zoom           |       frame  |  padding  |                 +--------+
+        |   w/zoom           |              |  padding  |                 +--------+
         +--------------------+              +-----------+                     w
 
     `zoom` is log-uniform between scale[0] and scale[1]: (0.5, 2) enlarges as often as it reduces.
@@ -256,17 +263,10 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """
     height, width = crop
     zoom = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
-    x = random_offset(image.width, width / zoom, rng)
-    y = random_offset(image.height, height / zoom, rng)
-
-    # The part of the window that lies in the frame, in pixels of the frame
-    left, right = max(0, x), min(image.width, x + width / zoom)
-    top, bottom = max(0, y), min(image.height, y + height / zoom)
-    box = (left, top, right, bottom)
-    # The same part in pixels of the crop
-    x0, x1 = round((left - x) * zoom), round((right - x) * zoom)
-    y0, y1 = round((top - y) * zoom), round((bottom - y) * zoom)
-    size, corner = (max(1, x1 - x0), max(1, y1 - y0)), (x0, y0)
+    left, right, x0, x1 = place_window(image.width, width, zoom, rng)
+    top, bottom, y0, y1 = place_window(image.height, height, zoom, rng)
+    box = (left, top, right, bottom)                # in the frame
+    size, corner = (x1 - x0, y1 - y0), (x0, y0)     # of the resized box, in the crop
 
     image_crop = Image.new("RGB", (width, height), MEAN_COLOR)
     label_crop = Image.new("L", (width, height), IGNORE)
@@ -297,7 +297,7 @@ def jitter(image, rng):
 # ----------------------------------------------------------------------------------- CopyBlob
 
 # Cityscapes has few pixels of wall, fence, bus and train, and networks often miss them. CopyBlob
-# cuts a blob, what one frame shows of such a class in a range of columns, moves it along the
+# cuts a blob, the pixels of such a class in a range of columns of one frame, moves it along the
 # street, and pastes it into another frame (assets/copyblob.png):
 #
 #     horizon ---------------------------------- V        V: the vanishing point of the street,
@@ -322,7 +322,7 @@ LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at strid
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
 ADDED = 3               # pixels to paste / pixels that the class has
-Blob = namedtuple("Blob", "class_id image mask foot_column side drop area")
+Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 
 
 def choose_piece(mask, rng):
@@ -343,7 +343,7 @@ def choose_piece(mask, rng):
     return int(piece[0]), int(piece[-1]) + 1, pixels[chosen]
 
 
-def cut_blob(image, label, class_id, rng):
+def cut_blob(image, label, train_id, rng):
     """Cut a piece of a class out of a frame -> Blob, or None if there is none.
 
     image, label: Pillow images, RGB and train ids (mode L)
@@ -351,7 +351,7 @@ def cut_blob(image, label, class_id, rng):
     the foot in them; side (negative to the left of V) and drop are the distances of the foot from V
     in the frame; area is the blob's share of the frame's pixels
     """
-    mask = np.asarray(label) == class_id
+    mask = np.asarray(label) == train_id
     piece = choose_piece(mask, rng)
     if piece is None:
         return None
@@ -366,7 +366,7 @@ def cut_blob(image, label, class_id, rng):
     drop = bottom - HORIZON * image.height
     if drop < 1:                                    # it does not reach below the horizon
         return None
-    return Blob(class_id, image.crop(box), Image.fromarray(mask).crop(box), foot_column, side,
+    return Blob(train_id, image.crop(box), Image.fromarray(mask).crop(box), foot_column, side,
                 drop, pixels / mask.size)
 
 
@@ -386,10 +386,10 @@ def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
     The scale is between 0.5 and 2. When a blob moves along the street, the distance of its foot
-    from the middle is multiplied by the scale. Of four random places on either side, this takes
-    the one whose distance fits best: what stood at the curb stays near the curb.
+    from the middle is multiplied by the scale. Of four random places, left or right, `find_place`
+    takes the one whose distance fits best: what stood at the curb stays near the curb.
     """
-    carrier = TRAIN_ID[CARRIER[CLASSES[blob.class_id].name]]
+    carrier = TRAIN_ID[CARRIER[CLASSES[blob.train_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
     ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
     scales = scale_at(ys, label, blob)
@@ -406,8 +406,8 @@ def find_place(label, blob, rng):
 def copy_blob(image, label, blob, rng):
     """Paste a blob with its foot on its CARRIER -> new image and label.
 
-    What lies outside of the frame is clipped. People stay in front of the blob, and so do things
-    that are nearer. Returns the same image and label if there is no place.
+    What lies outside of the frame is clipped, and what stands nearer stays in front, see
+    `visible_part`. Returns the same image and label if there is no place.
 
     image, label: Pillow images, RGB and train ids (mode L)
     After CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch (all pixels of a rare class,
@@ -417,7 +417,7 @@ def copy_blob(image, label, blob, rng):
     if place is None:
         return image, label
     x, y = place
-    if (x < label.width / 2) != (blob.side < 0):    # it is from the other side of the street
+    if (x < label.width / 2) != (blob.side < 0):    # the blob comes from the other side
         blob = mirror(blob)
     scale = scale_at(y, label, blob)
     width, height = round(scale * blob.image.width), round(scale * blob.image.height)
@@ -426,26 +426,26 @@ def copy_blob(image, label, blob, rng):
     mask = np.asarray(blob.mask.resize((width, height), Image.NEAREST))
     # Outside of the frame, `crop` gives 0, road, which is never in front.
     covered = np.asarray(label.crop((left, top, left + width, top + height)))
-    visible = Image.fromarray(mask & ~in_front(covered, mask))
+    visible = Image.fromarray(visible_part(mask, covered))
 
     image, label = image.copy(), label.copy()
     image.paste(blob.image.resize((width, height), Image.BILINEAR), (left, top), visible)
-    label.paste(blob.class_id, (left, top), visible)
+    label.paste(blob.train_id, (left, top), visible)
     return image, label
 
 
-def in_front(covered, mask):
-    """Which pixels of the train ids `covered` (uint8 H x W) stay in front of a blob -> bool H x W.
+def visible_part(mask, covered):
+    """The part of a blob that nothing hides -> bool H x W.
 
-    People always do. Other things do if they are nearer to the camera, that is, if they reach lower
-    in the picture than the blob. This is decided for each column: if a thing covers the lowest
-    pixel of the blob's mask, all things in the column stay in front.
+    mask: bool H x W, the pixels of the blob; covered: uint8 H x W, the train ids below them. People
+    stay in front of a blob. So do the things of IN_FRONT_IF_NEARER in the columns where one of
+    them covers the blob's lowest pixel: there it is taken to be nearer to the camera.
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
-    lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)  # in columns without mask: any row
+    lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)  # of the mask, for each column
     column_is_nearer = things[lowest_row, np.arange(mask.shape[1])]
-    return people | (things & column_is_nearer)
+    return mask & ~people & ~(things & column_is_nearer)
 
 
 def frame_shares(pixels):
@@ -454,24 +454,24 @@ def frame_shares(pixels):
 
 
 def collect_blobs(dataset, shares, most=64):
-    """Cut the blobs to paste, from up to `most` frames for each rare class -> {class id: [Blob]}.
+    """Cut the blobs to paste, from up to `most` frames for each rare class -> {train id: [Blob]}.
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
     its cost. A blob takes 5 bytes per pixel of its box; those of Cityscapes take about 200 MiB.
     Frames are sampled in proportion to what they show of the class. The result depends only on
     the frames and dataset.seed. Prints a line if there is nothing to paste.
-    shares: of `frame_shares`
+    shares: from `frame_shares`
     """
-    def cut(index, class_id, rng):
+    def cut(index, train_id, rng):
         image, label = dataset.read(index)
-        return cut_blob(image, label, class_id, rng)
+        return cut_blob(image, label, train_id, rng)
 
     # A fourth number makes this stream differ from those of the samples, (seed, epoch, index).
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
     blobs = {}
     with ThreadPoolExecutor() as pool:
-        for class_id in [TRAIN_ID[name] for name in CARRIER]:
-            share = shares[:, class_id]
+        for train_id in [TRAIN_ID[name] for name in CARRIER]:
+            share = shares[:, train_id]
             is_rare = share.mean() < RARE
             chance = np.where(share < LEAST_SHARE, 0, share)        # of each frame to be chosen
             count = min(most, np.count_nonzero(chance))
@@ -479,10 +479,10 @@ def collect_blobs(dataset, shares, most=64):
                 continue
             frames = rng.choice(len(chance), count, replace=False, p=chance / chance.sum())
             rngs = rng.spawn(count)                 # one for each frame, as threads have no order
-            found = list(pool.map(cut, frames.tolist(), [class_id] * count, rngs))
+            found = list(pool.map(cut, frames.tolist(), [train_id] * count, rngs))
             found = [blob for blob in found if blob is not None]
             if found:
-                blobs[class_id] = found
+                blobs[train_id] = found
     if not blobs:
         print(f"CopyBlob pastes nothing: none of {', '.join(CARRIER)} is rare (below {RARE:.0%} of "
               f"the pixels) and covers {LEAST_SHARE:.1%} of a frame in one piece", flush=True)
@@ -490,18 +490,18 @@ def collect_blobs(dataset, shares, most=64):
 
 
 def paste_rates(shares, blobs, strength):
-    """How often each class is pasted -> {class id: rate}, in blobs per frame, from 0 to 1.
+    """How often each class is pasted -> {train id: rate}, in blobs per frame, from 0 to 1.
 
-    At strength 1, the pasted blobs have ADDED times the pixels that the class has by itself.
+    At strength 1, the pasted blobs have about ADDED times the pixels that the class has by itself.
     Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
     frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
 
-    shares: of `frame_shares`; blobs: of `collect_blobs`; strength: in [0, 1]
+    shares, blobs: from `frame_shares` and `collect_blobs`; strength: in [0, 1]
     """
     rates = {}
-    for class_id, found in blobs.items():
+    for train_id, found in blobs.items():
         mean_area = np.mean([blob.area for blob in found])
-        rates[class_id] = strength * min(1, ADDED * shares[:, class_id].mean() / mean_area)
+        rates[train_id] = strength * min(1, ADDED * shares[:, train_id].mean() / mean_area)
     return rates
 
 

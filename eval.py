@@ -88,7 +88,7 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
 
     A photo larger than the training frames (frame_size: height, width) is reduced to their
     number of pixels, at which the network was trained. This also limits the memory. The labels
-    are then enlarged.
+    are then upsampled.
     """
     limit = frame_size[0] * frame_size[1]
     if tta:
@@ -744,8 +744,8 @@ class StopSignals:
         return self
 
     def __exit__(self, *error):
-        if self.requested:      # keep our handlers: a repeated signal must not end the program
-            return              # before command_line makes it ignore signals
+        if self.requested:      # keep our handlers, so that a repeated signal does not end the
+            return              # program before `command_line` makes it ignore signals
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

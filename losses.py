@@ -12,7 +12,7 @@ Every loss takes logits and labels and gives one number, by the same rules:
 import torch
 import torch.nn.functional as F
 
-IGNORE = 255
+IGNORE = 255                                        # as in data.py
 
 
 def _pixel_mean(loss, target, weights):
@@ -76,7 +76,7 @@ def dice(logits, target, weights):
 
 
 def ce_dice(logits, target, weights):
-    """Cross-entropy, which has smooth gradients, + Dice, which weighs all classes equally."""
+    """Cross-entropy, which has smooth gradients, + Dice, which weights all classes equally."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

@@ -9,7 +9,7 @@ the official Cityscapes score (cityscapesScripts, evalPixelLevelSemanticLabeling
 """
 import torch
 
-IGNORE = 255
+IGNORE = 255                                        # as in data.py
 
 
 def confusion_matrix(prediction, target, num_classes=19):

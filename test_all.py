@@ -1,6 +1,7 @@
 """All tests of the project, as a reference: `python test_all.py`, or `pytest test_all.py`.
 
-The name of a test says what is promised. Read the helpers, then the tests that interest you.
+The name of a test says what is promised. Read the helpers, here and at the beginning of a section,
+then the tests that interest you. Runs are disturbed by patching train.seed_step.
 
 Each test compares the code with something that does not share its mistakes: outputs of the
 published networks, values computed by hand or in plain loops, numerical gradients, and runs of
@@ -217,14 +218,14 @@ def test_up_equals_a_1x1_convolution_of_the_concatenation():
     up = unet.Up(6, 3, 4).eval()
     fill(up)
     x, skip = torch.randn(2, 6, 5, 7), torch.randn(2, 3, 10, 14)
-    enlarged = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    upsampled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     weight = torch.cat([up.coarse.weight, up.fine.weight], dim=1)
-    y = F.conv2d(torch.cat([enlarged, skip], dim=1), weight)
+    y = F.conv2d(torch.cat([upsampled, skip], dim=1), weight)
     close(up(x, skip), up.block(F.relu(up.norm(y))), 1e-4, 1e-5)
 
 
 @torch.no_grad()
-def test_unet_pads_encodes_decodes_enlarges_and_crops():
+def test_unet_pads_encodes_decodes_upsamples_and_crops():
     for name in "resnet18", "convnext_tiny":
         model = unet.build_model(name, num_classes=5).eval()
         fill(model)
@@ -245,7 +246,7 @@ def test_too_few_decoder_widths_are_refused():
 
 
 @torch.no_grad()
-def test_logits_are_float32_and_enlarged_in_float32_under_autocast():
+def test_logits_are_float32_and_upsampled_in_float32_under_autocast():
     model, convunext = unet.build_model("resnet18"), unet.build_model("convunext")
     small = []
     model.head.register_forward_hook(lambda module, args, output: small.append(output))
@@ -512,8 +513,10 @@ def test_one_line_of_the_table_counts_trailers_as_trucks():
     label = np.full((10, 10), TRAILER, np.uint8)
     label[:4] = ROAD
     frames = data.Cityscapes(write_tree(FOLDER / "trailers", label), "train")
-    assert data.class_pixels(frames).sum() == 40        # cached: only the road counts
     table = data.LABEL_TO_TRAIN.copy()
+    table[30] = 255
+    with mock.patch("data.LABEL_TO_TRAIN", table):
+        assert data.class_pixels(frames).sum() == 40    # cached: only the road counts
     table[30] = data.TRAIN_ID["truck"]
     with mock.patch("data.LABEL_TO_TRAIN", table):
         target = frames[0][1]
@@ -1135,11 +1138,10 @@ TIMES = ("seconds", "images_per_s", "data_wait")    # columns of log.csv that no
 def assert_same_run(whole, out):
     """Two finished runs are equal bit by bit: weights, optimizer, scaler, scores and log."""
     a, b = load(whole), load(out)
-    torch.testing.assert_close(b["model"], a["model"], rtol=0, atol=0)
     torch.testing.assert_close(b["optimizer"]["state"], a["optimizer"]["state"], rtol=0, atol=0)
     assert a.keys() == b.keys()
-    for key in a.keys() - {"model", "optimizer", "log", "seconds", "settings", "made_by"}:
-        assert a[key] == b[key], key
+    for key in a.keys() - {"optimizer", "log", "seconds", "settings", "made_by"}:
+        torch.testing.assert_close(b[key], a[key], rtol=0, atol=0)
     assert len(a["log"]) == len(b["log"]) == a["epoch"]
     for row, other in zip(a["log"], b["log"]):
         for key in row:
@@ -1270,7 +1272,7 @@ def test_every_group_trains_at_its_own_rate():
     """The first step of SGD moves a weight by rate x 1.9 x gradient (momentum 0.9, Nesterov)."""
     run = ready_run("--pretrained", "--encoder-lr", "0.1", "--weight-decay", "0")
     before = copy.deepcopy(run.model)
-    with before_step(1), mock.patch("torch.optim.SGD.zero_grad"):
+    with before_step(1):
         raises(Crash, train.train, run)
     for (name, new), old in zip(run.model.named_parameters(), before.parameters()):
         rate = run.args.lr / 3                      # the first of three steps of warmup
@@ -2059,7 +2061,7 @@ def test_tta_sees_three_scales_and_their_flips():
 
 
 def test_predictions_are_the_argmax_of_float32_logits():
-    """Rebuild them from the bfloat16 output of the last layer, before it is enlarged."""
+    """Rebuild them from the bfloat16 output of the last layer, before it is upsampled."""
     model, small = tiny("").eval(), []
     model.head.register_forward_hook(lambda layer, inputs, output: small.append(output))
     images = torch.randint(0, 256, (1, 3, 64, 128), dtype=torch.uint8)

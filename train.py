@@ -41,9 +41,10 @@ from unet import MODELS, SPECS, build_model
 
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
-    """The learning rate of a step: --lr x factor x linear warmup x polynomial decay.
+    """The learning rate of a step: --lr x factor x linear warmup x polynomial decay (power 0.9).
 
-    factor: 1, or --encoder-lr for a pretrained encoder. The warmup is one epoch, at most 500 steps.
+    factor: 1, or --encoder-lr for an encoder that is trained already. The warmup is one epoch, at
+    most 500 steps.
     """
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = min(500, steps_per_epoch)
@@ -122,7 +123,8 @@ class Run:
         self.args, self.device, self.stop, self.out = args, device, stop, Path(args.out)
         self.dtype = pick_amp(args.amp, device)
         self.train_set, self.val_set, self.loss_function = build_data_and_loss(args, device)
-        self.frame_size = list(self.val_set[0][1].shape)            # height, width
+        _, label = self.val_set[0]
+        self.frame_size = list(label.shape)         # height, width
         self.steps_per_epoch = len(self.train_set) // args.batch
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
         self.network = wrap_network(self.model, args)               # gives all ranks equal weights
@@ -158,7 +160,7 @@ class Run:
             yield (images.to(self.device, non_blocking=True),
                    target.to(self.device, non_blocking=True))
             requested = time.monotonic()
-        seconds = max(requested - start, 1e-9)      # no batch was left: 0
+        seconds = max(requested - start, 1e-9)      # 0 s if no batch was left
         self.images_per_s = len(batches_of_rank) * self.args.batch / seconds
         self.data_wait = waited / seconds
 
@@ -236,8 +238,8 @@ class Run:
         `on_any_rank` waits for all ranks, so all must call it equally often. A rank with one frame
         more than the others does not call it after that frame.
         """
-        frames_of_every_rank = len(self.val_set) // world_size()
-        if index < frames_of_every_rank and on_any_rank(self.stop.requested):
+        frames_all_ranks_have = len(self.val_set) // world_size()
+        if index < frames_all_ranks_have and on_any_rank(self.stop.requested):
             raise Stopped
 
     def end_epoch(self, scores):
@@ -360,7 +362,7 @@ class Run:
 
 
 def write(data, path):
-    """Replace a file as a whole: after a crash or on a full disk, the old one is still there."""
+    """Replace a file atomically: after a crash or on a full disk, the old one is still there."""
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -397,8 +399,8 @@ def build_data_and_loss(args, device):
         whole_frames = Cityscapes(args.data, "train")
         pixels = from_rank_0(lambda: class_pixels(whole_frames))    # not counted on every rank
         weights = class_weights(pixels, args.class_weights)
-    train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale,
-                           pixels)
+    train_set = Cityscapes(args.data, "train", args.crop, copyblob=args.copyblob, seed=args.seed,
+                           scale=args.scale, pixels=pixels)
     if args.batch > len(train_set):
         raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames")
     if args.batch % world_size() != 0:
@@ -514,7 +516,7 @@ SCENES_DEFAULTS = {
     "scale": [0.8, 1.25],
     "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
 }
-# `encoder_lr` is a factor on the rate of a pretrained encoder.
+# `encoder_lr` is a factor on the rate of an encoder that starts from ImageNet weights or --init.
 OPTIMIZER_DEFAULTS = {
     "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
     "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001},
@@ -542,8 +544,8 @@ def build_parser():
                    "0 to 1 (default: 0, off; without a value 1)")
     p.add_argument("--epochs", type=count, metavar="N", help="(default: 200; for scenes 10)")
     p.add_argument("--batch", type=count, metavar="N",
-                   help="frames in a step, of all GPUs together (default: 8; ConvUNeXt 4; "
-                   "scenes 2)")
+                   help="frames in a step, of all GPUs together (default: 8, less for large "
+                   "models; scenes 2)")
     p.add_argument("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
                    help="height and width of training crops in pixels, at least 64 "
                    "(default: 512 1024, at most the frame)")
@@ -554,7 +556,8 @@ def build_parser():
     p.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate (default: sgd "
                    "0.0015 x batch, for scenes 0.025 x batch; adamw 0.001)")
     p.add_argument("--encoder-lr", type=number_in(0, 1e3), metavar="FACTOR",
-                   help="factor on --lr for a pretrained encoder (default: sgd 0.5, adamw 0.1)")
+                   help="factor on --lr for an encoder that starts from ImageNet weights or --init "
+                   "(default: sgd 0.5, adamw 0.1)")
     p.add_argument("--weight-decay", type=number_in(0, 1e3), metavar="W",
                    help="(default: sgd 0.0005, adamw 0.01)")
     p.add_argument("--clip-grad", type=number_in(0, 1e9), default=0.0, metavar="NORM",

@@ -12,7 +12,7 @@ still knows where things are.
     logits <──── Up <───────── Up <──────── Up <───────── Up <─────────┘           decoder
 
 (ConvNeXt has no map of stride 2, so there are three Ups.) A last 1x1 convolution turns the finest
-map into logits, which are enlarged to the size of the image.
+map into logits, which are upsampled to the size of the image.
 
 Encoders: ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
 2201.03545). Their weights are interchangeable with the published ImageNet weights. ConvUNeXt
@@ -53,7 +53,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Residual block of 1x1, 3x3 and 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50 and deeper.
+    """Residual block of 1x1, 3x3, 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50 and more.
 
     N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride)
     The stride is on the 3x3 convolution, as in the published weights ("ResNet v1.5").
@@ -195,12 +195,12 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    A U-Net enlarges the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
+    A U-Net upsamples the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
     comes first. A 1x1 convolution of a concatenation is the sum of two, one for each part:
 
-        conv1x1([enlarge(x), s]) = A enlarge(x) + B s = enlarge(A x) + B s
+        conv1x1([upsample(x), s]) = A upsample(x) + B s = upsample(A x) + B s
 
-    The second step holds because nearest-neighbor enlargement only copies pixels. So A x is
+    The second step holds because nearest-neighbor upsampling only copies pixels. So A x is
     computed on the coarse map, which has a quarter of the pixels.
     """
 
@@ -212,8 +212,8 @@ class Up(nn.Module):
         self.block = BasicBlock(out, out)
 
     def forward(self, x, skip):
-        enlarged = F.interpolate(self.coarse(x), scale_factor=2, mode="nearest")
-        y = self.norm(enlarged + self.fine(skip))
+        upsampled = F.interpolate(self.coarse(x), scale_factor=2, mode="nearest")
+        y = self.norm(upsampled + self.fine(skip))
         return self.block(F.relu(y, inplace=True))
 
 
@@ -223,7 +223,7 @@ class UNet(nn.Module):
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. The input is
     padded with zeros (the mean color, once normalized) to multiples of 32; the output is cropped
     back. The logits are computed at the encoder's finest stride (ResNet 2, ConvNeXt 4) and then
-    enlarged. `widths` are the channels of the decoder, coarsest first; an encoder with three
+    upsampled. `widths` are the channels of the decoder, coarsest first; an encoder with three
     skips uses widths[:3].
     """
 
@@ -279,7 +279,7 @@ class GatedUp(nn.Module):
     x, N x C x H x W, and skip s, N x C x H' x W' (about 2H x 2W; both have C channels)
     -> y, N x out x H' x W'
 
-        z       = enlarge(norm(x))
+        z       = upsample(norm(x))
         f, i, g = gate(z)
         s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
         y       = conv(conv1x1([linear2(s'), z]))
@@ -298,7 +298,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. A method, so that evaluation frees f, i, g before the convolution."""
+        """[linear2(s'), z]. Separate, so that f, i, g are freed before the convolution."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -368,7 +368,7 @@ class ConvUNeXt(nn.Module):
 #                       finest first, each half the size of the one before, the last of stride 32
 # A row: how to build the model for a number of classes; the URL of ImageNet weights for its
 # encoder, or None (ResNet-50's are torchvision's IMAGENET1K_V2); and train.py's default optimizer
-# and batch, chosen to need less than 16 GB.
+# and batch. The batch should fit 16 GB with crops of 512 x 1024.
 Spec = namedtuple("Spec", "build url optimizer batch")
 TORCHVISION = "https://download.pytorch.org/models"
 CONVNEXT = "https://dl.fbaipublicfiles.com/convnext"
