@@ -809,6 +809,12 @@ def test_a_crop_at_scale_1_is_a_window_of_the_frame():
     assert len(corners) > 50
 
 
+def test_a_frame_of_less_than_a_pixel_is_one_pixel_of_the_crop():
+    for seed in range(20):
+        start, end, crop_start, crop_end = data.place_window(1, 64, 0.3, np.random.default_rng(seed))
+        assert (start, end) == (0, 1) and crop_end == crop_start + 1
+
+
 @NO_JITTER
 def test_zoom_and_flip_are_spread_evenly():
     label = np.tile(np.arange(128, dtype=np.uint8), (128, 1))       # value = column
@@ -1069,6 +1075,8 @@ def test_the_store_prefers_large_blobs_and_depends_on_the_seed_alone():
     assert sorted(read) == list(range(7)) and list(blobs) == [WALL] and len(blobs[WALL]) == 7
     drops = [blob.drop for blob in blobs[WALL]]
     assert drops == [blob.drop for blob in stored(delay=0.1)[0][WALL]]
+    with mock.patch("data.cut_blob", lambda image, label, train_id, rng: rng.random()):
+        assert stored()[0] == stored(delay=0.1)[0]      # each frame has random numbers of its own
     chosen = [stored(seed, most=1)[1][0] for seed in range(60)]
     assert len(set(chosen)) > 3 and np.mean(chosen) > 3.2           # in proportion to area: 3.8
 
@@ -1358,6 +1366,9 @@ def test_copyblob_reaches_the_data_set():
     plain = data.Cityscapes(scenes(), "train", (64, 64), scale=run.args.scale)
     with mock.patch("data.RARE", 1.0):
         pasted = data.Cityscapes(scenes(), "train", (64, 64), 1.0, scale=run.args.scale)
+        half = data.Cityscapes(scenes(), "train", (64, 64), 0.5)
+    for train_id, rate in pasted.rates.items():
+        assert half.rates[train_id] == 0.5 * rate
     changed = 0
     for k in range(24):
         assert torch.equal(run.train_set[k][0], pasted[k][0])
@@ -1821,13 +1832,15 @@ def test_from_rank_0_calls_once_and_broadcasts():
 
 
 def test_rank_0_alone_counts_pixels_and_shows_progress():
-    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=2, copyblob=0,
+    args = mock.Mock(data=str(scenes()), crop=[64, 64], seed=0, scale=[1, 1], batch=2, copyblob=1,
                      class_weights="enet", loss="ce")
 
     def broadcast(objects, source):
         objects[0] = np.ones((6, 19), np.int64)
 
-    with as_rank(1) as dist, mock.patch("train.class_pixels", side_effect=AssertionError):
+    counting = mock.Mock(side_effect=AssertionError)
+    with (as_rank(1) as dist, mock.patch("train.class_pixels", counting),
+          mock.patch("data.class_pixels", counting)):
         dist.broadcast_object_list.side_effect = broadcast
         train.build_data_and_loss(args, torch.device("cpu"))
     for number in range(2):
