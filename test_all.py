@@ -811,7 +811,8 @@ def test_a_crop_at_scale_1_is_a_window_of_the_frame():
 
 def test_a_frame_of_less_than_a_pixel_is_one_pixel_of_the_crop():
     for seed in range(20):
-        start, end, crop_start, crop_end = data.place_window(1, 64, 0.3, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)
+        start, end, crop_start, crop_end = data.place_window(1, 64, 0.3, rng)
         assert (start, end) == (0, 1) and crop_end == crop_start + 1
 
 
