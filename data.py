@@ -310,8 +310,10 @@ def jitter(image, rng):
 #
 # On a flat street, the size of an object in pixels is proportional to `drop`, the distance of its
 # foot below the horizon. So if it moves along the street until its foot is at drop', its width,
-# height and side are all multiplied by scale = drop' / drop.
+# height and side are all multiplied by scale = drop' / drop. A bus with its foot 100 rows below the
+# horizon and 60 columns beside V, for example, is half as large at 50 rows, 30 columns beside V.
 
+# The four classes: large, rare, often missed, and with one class that they stand on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
@@ -466,7 +468,7 @@ def collect_blobs(dataset, shares, most=64):
         image, label = dataset.read(index)
         return cut_blob(image, label, train_id, rng)
 
-    # A fourth number makes this stream differ from those of the samples, (seed, epoch, index).
+    # Samples use (seed, epoch, index). With a fourth number, these random numbers differ from all.
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
     blobs = {}
     with ThreadPoolExecutor() as pool:

@@ -86,9 +86,8 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
 
-    A photo larger than the training frames (frame_size: height, width) is reduced to their
-    number of pixels, at which the network was trained. This also limits the memory. The labels
-    are then upsampled.
+    A photo larger than frame_size (height, width: of the frames that the network knows) is reduced
+    to that number of pixels. This also limits the memory. The labels are then upsampled.
     """
     limit = frame_size[0] * frame_size[1]
     if tta:
@@ -150,7 +149,7 @@ def load_model(path, device):
         print(f"WARNING: {path} was trained with another LABEL_TO_TRAIN than data.py has now")
     model.to(device, memory_format=torch.channels_last).eval()
     name = Path(path).resolve().parent.name
-    frame_size = saved.get("frame_size", [1024, 2048])          # of the training
+    frame_size = saved.get("frame_size", [1024, 2048])          # of the validation
     return Checkpoint(str(path), name, model, settings, saved.get("epoch"), saved.get("miou"),
                       frame_size, saved.get("log", []))
 
@@ -604,7 +603,7 @@ def pick_amp(name, device):
     """The dtype for autocast: torch.bfloat16, torch.float16, or None for float32 throughout.
 
     "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
-    if it has matrix units for it (AMX). Raises ValueError if the device has no bfloat16.
+    if it has matrix units for it (AMX). Raises ValueError for "bf16" if the device has none.
     """
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

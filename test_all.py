@@ -3,9 +3,9 @@
 The name of a test says what is promised. Read the helpers, here and at the beginning of a section,
 then the tests that interest you. Runs are disturbed by patching train.seed_step.
 
-Each test compares the code with something that does not share its mistakes: outputs of the
-published networks, values computed by hand or in plain loops, numerical gradients, and runs of
-the real main() of train.py and eval.py on a few small frames.
+Results are compared with something that does not share the code's mistakes: outputs of the
+published networks, values computed by hand or in plain loops, numerical gradients. The promises
+of a run are tested with the real main() of train.py and eval.py on a few small frames.
 """
 import atexit
 import contextlib

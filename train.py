@@ -235,8 +235,8 @@ class Run:
     def stop_if_asked(self, index, *frame):
         """Raise Stopped after frame `index` of this rank's share if any rank was asked to stop.
 
-        `on_any_rank` waits for all ranks, so all must call it equally often. A rank with one frame
-        more than the others does not call it after that frame.
+        `on_any_rank` waits for all ranks, so all must call it equally often. Of 5 frames, for
+        example, rank 0 has 3 and rank 1 has 2: both call it after their first two.
         """
         frames_all_ranks_have = len(self.val_set) // world_size()
         if index < frames_all_ranks_have and on_any_rank(self.stop.requested):
@@ -544,8 +544,8 @@ def build_parser():
                    "0 to 1 (default: 0, off; without a value 1)")
     p.add_argument("--epochs", type=count, metavar="N", help="(default: 200; for scenes 10)")
     p.add_argument("--batch", type=count, metavar="N",
-                   help="frames in a step, of all GPUs together (default: 8, less for large "
-                   "models; scenes 2)")
+                   help="frames in a step, of all GPUs together (default: 8, for convunext "
+                   "4; scenes 2)")
     p.add_argument("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
                    help="height and width of training crops in pixels, at least 64 "
                    "(default: 512 1024, at most the frame)")

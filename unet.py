@@ -298,7 +298,7 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. Separate, so that f, i, g are freed before the convolution."""
+        """[linear2(s'), z]. Separate, so that in prediction f, i, g are freed before conv1x1."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -471,7 +471,8 @@ class FastDepthwise(torch.autograd.Function):
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
         for first, columns in (0, 3), (3, 3), (6, 1):           # of the kernel
-            end = first + columns - 1 + grad.shape[3]           # of the input columns they see
+            # This part sees only the input columns first ... end - 1.
+            end = first + columns - 1 + grad.shape[3]
             part = conv2d_weight(x[..., first:end], (channels, 1, 7, columns), grad,
                                  groups=channels)
             parts.append(part)
