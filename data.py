@@ -313,7 +313,7 @@ def jitter(image, rng):
 # height and side are all multiplied by scale = drop' / drop. A bus with its foot 100 rows below the
 # horizon and 60 columns beside V, for example, is half as large at 50 rows, 30 columns beside V.
 
-# The four classes: large, rare, often missed, and with one class that they stand on.
+# Classes of large objects that are rare and often missed, and what each of them stands on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
@@ -468,7 +468,7 @@ def collect_blobs(dataset, shares, most=64):
         image, label = dataset.read(index)
         return cut_blob(image, label, train_id, rng)
 
-    # Samples use (seed, epoch, index). With a fourth number, these random numbers differ from all.
+    # Samples use (seed, epoch, index). A fourth number keeps this stream apart from theirs.
     rng = np.random.default_rng((dataset.seed, 0, 0, 1))
     blobs = {}
     with ThreadPoolExecutor() as pool:

@@ -86,8 +86,9 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
 
-    A photo larger than frame_size (height, width: of the frames that the network knows) is reduced
-    to that number of pixels. This also limits the memory. The labels are then upsampled.
+    A photo larger than a validation frame (frame_size: height, width) is reduced to its number of
+    pixels, at which the network was scored. This also limits the memory. The labels are then
+    upsampled.
     """
     limit = frame_size[0] * frame_size[1]
     if tta:
