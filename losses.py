@@ -50,8 +50,8 @@ def cross_entropy(logits, target, weights):
 def focal(logits, target, weights, gamma=2.0):
     """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
 
-    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p is the plain softmax:
-    the weight scales the loss and never enters p. Shapes as in `cross_entropy`.
+    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p_i is the softmax, without
+    the weights. Shapes as in `cross_entropy`.
     Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha).
     """
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
@@ -64,8 +64,9 @@ def dice(logits, target, weights):
         D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic)
 
     i runs over the labeled pixels of the batch (under torchrun, of this rank's share), c over the
-    classes of those pixels: a class that is absent from the batch is skipped. t is the one-hot
-    truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
+    classes of those pixels. A class that is absent from the batch is skipped: its D_c would be 0
+    whatever the network says. t is the one-hot truth, p the softmax. Shapes as in
+    `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
     """
@@ -76,7 +77,11 @@ def dice(logits, target, weights):
 
 
 def ce_dice(logits, target, weights):
-    """Cross-entropy, which has smooth gradients, + Dice, which weights all classes equally."""
+    """Cross-entropy + Dice, each with the weights.
+
+    In Dice, a rare class counts as much as a frequent one. But where p of a class is near 0, so is
+    the gradient that Dice sends through the softmax; cross-entropy has its largest one there.
+    """
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

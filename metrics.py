@@ -46,7 +46,7 @@ def iou(m):
     predicted but never true scores 0. Both as in the official scorer.
     """
     tp = m.diag().double()
-    return tp / (m.sum(0) + m.sum(1) - tp)
+    return tp / (m.sum(0) + m.sum(1) - tp)          # sum(1) is TP + FN, sum(0) is TP + FP
 
 
 def dice(m):

@@ -11,12 +11,12 @@ still knows where things are.
                  v             v            v             v            │
     logits <──── Up <───────── Up <──────── Up <───────── Up <─────────┘           decoder
 
-(ConvNeXt has no map of stride 2, so there are three Ups.) A last 1x1 convolution turns the finest
-map into logits, which are upsampled to the size of the image.
+(ConvNeXt has no map of stride 2, so there are three Ups. ConvUNeXt has strides 1 to 16.) A last
+1x1 convolution turns the finest map into logits, which are upsampled to the size of the image.
 
 Encoders: ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
-2201.03545). Their weights are interchangeable with the published ImageNet weights. ConvUNeXt
-(Han et al. 2022, doi 10.1016/j.knosys.2022.109512) is a U-Net of ConvNeXt-like blocks.
+2201.03545), whose published ImageNet weights fit. ConvUNeXt (Han et al. 2022,
+doi 10.1016/j.knosys.2022.109512) is a U-Net of ConvNeXt-like blocks.
 
     model = build_model("resnet34", num_classes=19, pretrained=True)
     logits = model(images)        # float N x 3 x H x W, ImageNet-normalized -> N x 19 x H x W
@@ -44,7 +44,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = shortcut(channels, width, stride)     # torchvision's name
+        self.downsample = shortcut(channels, width, stride)     # named as in the published weights
 
     def forward(self, x):
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
@@ -126,16 +126,17 @@ class ResNet(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Residual block (ConvNeXt, fig. 4): depthwise 7x7, LayerNorm, 1x1 to 4C, GELU, 1x1 to C.
 
-    N x C x H x W -> N x C x H x W. `gamma` (layer scale) starts near 0, so that every block
-    begins as the identity. In training, stochastic depth (Huang et al. 2016, arXiv 1603.09382)
-    skips the block for each image with probability `drop_path`.
+    N x C x H x W -> N x C x H x W. Depthwise: each channel has a filter of its own. `gamma` (layer
+    scale) starts near 0, so that every block begins as the identity. In training, stochastic depth
+    (Huang et al. 2016, arXiv 1603.09382) skips the block for each image with probability
+    `drop_path`.
     """
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
-        self.dwconv = DepthwiseConv(channels)       # a 7x7 nn.Conv2d; see the end of this file
+        self.dwconv = DepthwiseConv(channels)       # as nn.Conv2d(C, C, 7, padding=3, groups=C)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.pwconv1 = nn.Linear(channels, 4 * channels)        # a 1x1 convolution
+        self.pwconv1 = nn.Linear(channels, 4 * channels)        # a 1x1 convolution, as published
         self.pwconv2 = nn.Linear(4 * channels, channels)
         self.gamma = nn.Parameter(torch.full((channels,), 1e-6))
         self.drop_path = drop_path
@@ -195,13 +196,17 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    A U-Net upsamples the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
-    comes first. A 1x1 convolution of a concatenation is the sum of two, one for each part:
+    A U-Net upsamples the coarse map, concatenates the skip, and convolves. This step does the same
+    without the concatenation: a 1x1 convolution brings each of the two maps to `out` channels,
+    and they are added. BatchNorm, ReLU and a residual block of two 3x3 convolutions follow.
+
+    It is the same because a 1x1 convolution of a concatenation is the sum of two, one for each
+    part, and because upsampling mixes pixels and a 1x1 convolution channels, in any order:
 
         conv1x1([upsample(x), s]) = A upsample(x) + B s = upsample(A x) + B s
 
-    The second step holds because nearest-neighbor upsampling only copies pixels. So A x is
-    computed on the coarse map, which has a quarter of the pixels.
+    So A x is computed on the coarse map, which has a quarter of the pixels. Upsampling is by
+    nearest neighbor, the cheapest; the 3x3 convolutions smooth its blocks.
     """
 
     def __init__(self, channels, skip_channels, out):
@@ -283,6 +288,9 @@ class GatedUp(nn.Module):
         f, i, g = gate(z)
         s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
         y       = conv(conv1x1([linear2(s'), z]))
+
+    The coarse map z thus decides how much of each value of the skip is kept (f), and what is
+    added to it (g) where (i).
     """
 
     def __init__(self, channels, out):
