@@ -15,6 +15,7 @@ Random numbers come from (seed, epoch, index). A sample therefore does not depen
 workers or GPUs, and a resumed run sees the same samples as an uninterrupted one.
 """
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -82,9 +83,17 @@ def normalize(images):
     Stays on the device of `images`. The result is in channels_last memory format, which
     convolutions process fastest.
     """
-    mean = 255 * torch.tensor(MEAN, device=images.device).view(1, 3, 1, 1)
-    std = 255 * torch.tensor(STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = mean_and_std(images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def mean_and_std(device):
+    """MEAN and STD for values in [0, 255], each 1 x 3 x 1 x 1.
+
+    They are kept on the device: a copy to a GPU in each step makes the CPU wait for the GPU.
+    """
+    return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)]
 
 
 def read_picture(path, formats):
@@ -145,7 +154,8 @@ class Cityscapes(torch.utils.data.Dataset):
     scale: (min, max), range of the random zoom before a crop
     pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
-    Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. A split
+    Item k = epoch * len + frame (train.py asks for these k), so that a frame has new random
+    numbers in each epoch; whole frames are items 0 ... len - 1. A split
     other than train and val may have no labels; then all pixels are 255. Raises FileNotFoundError
     that says which files are missing.
     """
@@ -180,7 +190,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):                             # one epoch, as self[k] is valid for every k
+    def __iter__(self):     # without it, `for` would not end, as self[k] is valid for every k
         for index in range(len(self)):
             yield self[index]
 
@@ -241,7 +251,7 @@ def place_window(length, crop, zoom, rng):
         offset = rng.uniform(length - window, 0)
     start, end = max(0, offset), min(length, offset + window)
     crop_start, crop_end = round((start - offset) * zoom), round((end - offset) * zoom)
-    return start, end, crop_start, max(crop_start + 1, crop_end)
+    return start, end, crop_start, max(crop_start + 1, crop_end)        # at least one pixel
 
 
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
@@ -249,12 +259,13 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
 
     A window of the frame is resized to the crop, so that zoom and crop are one operation:
 
-        frame                                                             crop = (h, w)
+        frame                               window
         +--------------------+              +-----------+
-        |                    |              |  padding  |                 +--------+
-        |  +------+          |           +--|-----------|--+   resize     |        |
-        |  |window| h/zoom   |     or    |  |  window   |  |   ------->   |        | h
-        |  +------+          |           +--|-----------|--+   by zoom    |        |
+        |                    |              |  padding  |                crop = (h, w)
+        |  window            |       frame  |           |                 +--------+
+        |  +------+          |           +--+-----------+--+   resize     |        |
+        |  |      | h/zoom   |     or    |  |           |  |   ------->   |        | h
+        |  +------+          |           +--+-----------+--+   by zoom    |        |
         |   w/zoom           |              |  padding  |                 +--------+
         +--------------------+              +-----------+                     w
 
@@ -308,10 +319,11 @@ def jitter(image, rng):
 #                              +---x---/---------+        x: the foot, the blob's lowest point
 #                                  |<--- side -->|
 #
-# On a flat street, the size of an object in pixels is proportional to `drop`, the distance of its
-# foot below the horizon. So if it moves along the street until its foot is at drop', its width,
-# height and side are all multiplied by scale = drop' / drop. A bus with its foot 100 rows below the
-# horizon and 60 columns beside V, for example, is half as large at 50 rows, 30 columns beside V.
+# A bus with its foot 100 rows below the horizon and 60 columns beside V, for example, is half as
+# large when it has driven away to 50 rows below the horizon, 30 columns beside V. In general, on a
+# flat street, the size of an object in pixels is proportional to `drop`, the distance of its foot
+# below the horizon. So if it moves along the street until its foot is at drop', its width, height
+# and side are all multiplied by scale = drop' / drop.
 
 # Classes of large objects that are rare and often missed, and what each of them stands on.
 CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "road"}
@@ -319,11 +331,11 @@ ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
     "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
-HORIZON = 0.42          # its row / the height of the frame, in Cityscapes
+HORIZON = 0.42          # its row / the height of the frame, in Cityscapes; of a camera like its
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at stride 32
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
-ADDED = 3               # pixels to paste / pixels that the class has
+ADDED = 3               # pixels to paste / pixels that the class has, before parts are hidden
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 
 
@@ -408,7 +420,7 @@ def find_place(label, blob, rng):
 def copy_blob(image, label, blob, rng):
     """Paste a blob with its foot on its CARRIER -> new image and label.
 
-    What lies outside of the frame is clipped, and what stands nearer stays in front, see
+    What lies outside of the frame is clipped, and people and what seems nearer stay in front, see
     `visible_part`. Returns the same image and label if there is no place.
 
     image, label: Pillow images, RGB and train ids (mode L)
@@ -441,11 +453,13 @@ def visible_part(mask, covered):
 
     mask: bool H x W, the pixels of the blob; covered: uint8 H x W, the train ids below them. People
     stay in front of a blob. So do the things of IN_FRONT_IF_NEARER in the columns where one of
-    them covers the blob's lowest pixel: there it is taken to be nearer to the camera.
+    them covers the blob's lowest pixel: there it is taken to be nearer to the camera. As columns
+    are decided one by one, a thing may be cut at a column.
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
-    lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)  # of the mask, for each column
+    # Of the mask, for each column; the last row in a column without a pixel of the blob.
+    lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)
     column_is_nearer = things[lowest_row, np.arange(mask.shape[1])]
     return mask & ~people & ~(things & column_is_nearer)
 
@@ -459,9 +473,10 @@ def collect_blobs(dataset, shares, most=64):
     """Cut the blobs to paste, from up to `most` frames for each rare class -> {train id: [Blob]}.
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
-    its cost. A blob takes 5 bytes per pixel of its box; those of Cityscapes take about 200 MiB.
-    Frames are sampled in proportion to what they show of the class. The result depends only on
-    the frames and dataset.seed. Prints a line if there is nothing to paste.
+    its cost. A blob takes 5 bytes per pixel of its box (in Pillow 4 for RGB and 1 for the mask);
+    those of Cityscapes take about 200 MiB. Frames are sampled in proportion to what they show of
+    the class. The result depends only on the frames and dataset.seed. Prints a line if there is
+    nothing to paste.
     shares: from `frame_shares`
     """
     def cut(index, train_id, rng):

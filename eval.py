@@ -309,7 +309,7 @@ def comparison_picture(names, results, pictures):
 
     pictures: for each checkpoint {index: (image, label, prediction)}, see `score_checkpoint`
     """
-    chosen = sorted(pictures[0])[:2]
+    chosen = sorted(pictures[0])
     row = []
     for index in chosen:
         image, label, _ = pictures[0][index]
@@ -397,8 +397,8 @@ def curves_picture(logs):
 def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
 
-    -> (result, pictured): the dict of metrics.json, and {index: (image, label, prediction)} of the
-    frames in the pictures, as uint8 arrays
+    -> (result, pictured): the dict of metrics.json, and {index: (image, label, prediction)} of two
+    frames for `comparison_picture`, as uint8 arrays
     """
     count = min(args.panels, len(dataset))
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
@@ -413,8 +413,9 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
         if args.labels_out:
             save_labels(prediction, args.labels_out, dataset.names[index])
         if index in chosen:
+            panel((image, label, prediction)).save(out / f"panel_{dataset.names[index]}.png")
+        if index in chosen[:2]:                     # all panels would fill the memory
             pictured[index] = image, label, prediction
-            panel(pictured[index]).save(out / f"panel_{dataset.names[index]}.png")
 
     matrix = evaluate(ckpt.model, dataset, device, dtype, args.tta, args.workers, visit)
     matrix = matrix.cpu()
@@ -667,8 +668,10 @@ def world_size():
 
 
 def say(text):
-    """Print on rank 0."""
+    """Print on rank 0. On a terminal, the line replaces one of `progress`."""
     if rank() == 0:
+        if sys.stdout.isatty():
+            print("\r\033[K", end="")
         print(text, flush=True)
 
 
@@ -680,7 +683,7 @@ def progress(items, what):
         yield item
         if live:
             rate = number / (time.monotonic() - start)
-            print(f"\r{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
+            print(f"\r\033[K{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
     if live:
         print("\r\033[K", end="", flush=True)
 
@@ -697,7 +700,10 @@ def number_in(low, high, kind=float):
 
 
 def advice(error):
-    """What to tell the user about an exception, in one line; None for a bug."""
+    """What to tell the user about an exception, in one line; None to show its traceback.
+
+    The checks of the input raise ValueError or OSError. `python -X dev` shows the traceback anyway.
+    """
     if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
         return ("out of memory: lower --workers (in a container, raise --shm-size); "
                 "for training, lower --batch or --crop, or choose a smaller --model")
@@ -709,7 +715,11 @@ def advice(error):
 
 # ------------------------------------------------------------------ signals and data workers
 
-# What handles Ctrl-C, SIGTERM and SIGUSR1, which may reach one process or all of them, and twice:
+# Ctrl-C, the end of a terminal or ssh session, and what schedulers send. Windows has only two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")
+                if hasattr(signal, name)]
+
+# What handles them. They may reach one process or all of them, and twice:
 #
 #     while a run trains          StopSignals: the run stops after its step, and is saved
 #     in its data workers         ignored, so that they live until the main process has saved
@@ -718,7 +728,7 @@ def advice(error):
 
 
 class StopSignals:
-    """Records that Ctrl-C, SIGTERM or SIGUSR1 asked the run to stop. Use as a context manager.
+    """Records that one of STOP_SIGNALS asked the run to stop. Use as a context manager.
 
     The run then stops after the current step or validation frame. Signals within two seconds
     count as one, as torchrun and SLURM may pass on a signal that a process has received already.
@@ -737,9 +747,8 @@ class StopSignals:
 
     def __enter__(self):
         self.handlers = {}
-        for name in "SIGINT", "SIGTERM", "SIGUSR1":
-            if hasattr(signal, name):               # Windows has no SIGUSR1
-                number = getattr(signal, name)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
                 self.handlers[number] = signal.signal(number, self.receive)
         return self
 
@@ -781,10 +790,9 @@ def make_loader(dataset, workers, **options):
 
 
 def ignore_stop_signals(*args):
-    """Make this process ignore Ctrl-C, SIGTERM and SIGUSR1."""
-    for name in "SIGINT", "SIGTERM", "SIGUSR1":
-        if hasattr(signal, name):                   # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Make this process ignore STOP_SIGNALS."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers():

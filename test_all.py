@@ -706,6 +706,9 @@ def test_normalize_uses_imagenet_numbers_in_rgb_order():
     close(result[:, 2], torch.full((2, 4, 5), (200 / 255 - 0.406) / 0.225))
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)
+    with mock.patch("torch.tensor") as copy:        # the constants are on the device by now
+        data.normalize(images)
+    assert not copy.called
 
 
 def test_a_split_without_labels_reads_as_255():
@@ -745,11 +748,11 @@ def test_forked_and_spawned_workers_give_the_same_samples():
 
 def test_workers_ignore_the_signals_that_stop_a_run():
     def report(batch):                                  # runs in the worker
-        stop = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
+        stop = signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1
         return [signal.getsignal(number) for number in stop]
 
     loader = evaluation.make_loader([0], 1, collate_fn=report)
-    assert next(iter(loader)) == [signal.SIG_IGN] * 3
+    assert next(iter(loader)) == [signal.SIG_IGN] * 4
 
 
 def test_workers_end_quietly_with_the_main_process():
@@ -1501,6 +1504,14 @@ def test_a_locked_log_does_not_end_the_run():
     assert "in use by a spreadsheet" in printed and load(FOLDER / "locked")["epoch"] == 1
 
 
+def test_only_training_tries_which_convolutions_are_fastest():
+    run = ready_run()
+    next(run.batches())
+    assert torch.backends.cudnn.benchmark
+    run.validate()                                  # its frames may have many sizes
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_losses_that_are_not_finite_name_step_and_files():
     run = ready_run()
     original, calls = run.loss_function, []
@@ -1566,9 +1577,10 @@ def test_resume_after_a_signal_in_a_step_is_exact():
     with before_step(1, lambda: signal.raise_signal(signal.SIGTERM)):
         status = raises(SystemExit, tiny_run, out, "--loss", "ce+dice", "--workers", "2")
     assert status == str(128 + signal.SIGTERM) and load(out)["step"] == 2
-    with before_step(3, lambda: signal.raise_signal(signal.SIGUSR1)):
-        status = raises(SystemExit, tiny_resume, out, "--workers", "0")
-    assert status == str(128 + signal.SIGUSR1) and load(out)["step"] == 4
+    for step, number in (3, signal.SIGUSR1), (4, signal.SIGHUP):
+        with before_step(step, lambda: signal.raise_signal(number)):
+            status = raises(SystemExit, tiny_resume, out, "--workers", "0")
+        assert status == str(128 + number) and load(out)["step"] == step + 1
     tiny_resume(out)
     assert_same_run(whole_run(), out)
 
@@ -1588,6 +1600,22 @@ def test_resume_after_a_signal_in_validation_is_exact():
     tiny_resume(out)
     assert_same_run(whole, out)
     assert [row["miou"] is None for row in load(out)["log"]] == [True, False]
+
+
+def test_resume_finds_moved_data():
+    run = ready_run()
+    run.save()
+    last = load(run.out)
+    for saved, variable in ("/moved", ""), ("/moved", scenes()), (str(scenes()), "/nowhere"):
+        last["settings"]["data"] = saved
+        torch.save(last, run.out / "last.pt")
+        with (mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": str(variable)}),
+              mock.patch("train.train") as begin):
+            if variable:
+                tiny_resume(run.out)
+                assert begin.call_args.args[0].args.data == str(scenes().resolve())
+            else:
+                assert "/moved" in raises(FileNotFoundError, tiny_resume, run.out)
 
 
 def test_resume_in_float16_restores_the_scaler():
@@ -1684,6 +1712,14 @@ def test_a_second_signal_within_two_seconds_is_the_same_request():
         assert stop.requested and stop.number == signal.SIGTERM
         clock.monotonic.return_value = 102.1
         raises(KeyboardInterrupt, stop.receive, signal.SIGTERM, None)
+
+
+def test_nohup_keeps_a_run_alive():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with evaluation.StopSignals() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop.requested
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_a_repeated_signal_does_not_change_how_a_run_ends():
@@ -1884,6 +1920,18 @@ def test_ranks_stop_together_in_training():
     assert load(run.out)["step"] == 2
 
 
+def test_a_rank_that_got_no_signal_ends_like_the_others():
+    with mock.patch("train.train", side_effect=train.Stopped):
+        assert raises(SystemExit, tiny_run, FOLDER / "no-signal") == str(128 + signal.SIGTERM)
+
+
+def test_ranks_that_find_different_files_are_refused():
+    """--out on the disk of one machine: rank 0 resumes, another rank would start from step 0."""
+    with mock.patch("train.from_rank_0", lambda function: 3):
+        message = raises(ValueError, ready_run)
+    assert "--out" in message and "share" in message
+
+
 def test_ranks_stop_together_in_validation():
     """Rank 0 has two of three frames, rank 1 has one: they ask each other once."""
     run = ready_run()
@@ -2051,6 +2099,9 @@ def test_several_checkpoints():
     assert first["confusion_matrix"] == second["confusion_matrix"]
     for name in "comparison.png", "curves.png", "one/metrics.json", "two/metrics.json":
         assert (out / name).exists(), name
+    with mock.patch.object(evaluation, "comparison_picture") as picture:
+        run_eval("--ckpt", out / "one/best.pt", out / "two/best.pt", "--out", out, "--panels", "3")
+    assert [len(pictured) for pictured in picture.call_args.args[2]] == [2, 2]      # not all 3
 
 
 def test_tta_undoes_its_flips():

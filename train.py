@@ -17,6 +17,7 @@ import io
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -57,6 +58,9 @@ def train(run):
     """Train from the current step of `run` to the end of its last epoch.
 
     `run.network` is `run.model`, wrapped for several GPUs or compiled if that was asked for.
+    `autocast` computes the network in 16 bits where that is faster. The scaler is active in float16
+    only, where small gradients would become 0: it multiplies the loss, divides the gradients again
+    before the step, and leaves a step out if they overflowed.
     """
     args, optimizer, scaler = run.args, run.optimizer, run.scaler
     while run.epoch < args.epochs:
@@ -85,13 +89,13 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # Python's hash of integers never varies
+    torch.manual_seed(hash((seed, step, rank())))   # for integers, the same in every process
 
 
 def clip_gradients(run):
     """Scale the gradients so that their total norm is at most --clip-grad; 0 is off."""
     if run.args.clip_grad > 0:
-        run.scaler.unscale_(run.optimizer)
+        run.scaler.unscale_(run.optimizer)          # as the norm is that of the true gradients
         nn.utils.clip_grad_norm_(run.network.parameters(), run.args.clip_grad)
 
 
@@ -137,6 +141,9 @@ class Run:
         self.best_miou, self.log = -1.0, []
         if args.resume:
             self.restore(args.resume)
+        if self.step != from_rank_0(lambda: self.step):
+            raise ValueError(f"{args.out}: not all processes find the same last.pt there; --out "
+                             "must be a folder that all machines share")
 
         self.saved_at = time.monotonic()
         self.began = self.saved_at - self.seconds   # as if the run had never stopped
@@ -148,6 +155,7 @@ class Run:
 
         images: uint8 N x 3 x H x W, target: uint8 N x H x W, this rank's share of --batch frames
         """
+        torch.backends.cudnn.benchmark = True       # crops have one size: try what is fastest
         done = self.step - self.epoch * self.steps_per_epoch
         batches = epoch_batches(self.epoch, len(self.train_set), self.args.batch, self.args.seed)
         batches_of_rank = [batch[rank()::world_size()] for batch in batches[done:]]
@@ -169,7 +177,7 @@ class Run:
         self.step += 1
         self.losses.append(loss)
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
-        # Both calls are collective: every rank must make them.
+        # Every rank must make both calls, as each waits for the others.
         stop = on_any_rank(self.stop.requested)
         save = on_any_rank(save_is_due) or stop
         on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
@@ -222,6 +230,7 @@ class Run:
         if world_size() > 1:
             for buffer in self.scored_model.buffers():     # BatchNorm's averages: rank 0's for all
                 dist.broadcast(buffer, 0)
+        torch.backends.cudnn.benchmark = False      # frames may have many sizes
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
         frames = torch.utils.data.Subset(self.val_set, share)
         matrix = evaluate(self.scored_model, frames, self.device, self.dtype,
@@ -468,7 +477,6 @@ def set_up_device(args):
         raise ValueError("WORLD_SIZE is set, but LOCAL_RANK is not; start several processes with "
                          "torchrun")
     device = pick_device(args.device)               # selects the GPU of LOCAL_RANK first
-    torch.backends.cudnn.benchmark = True           # crops have one size: try what is fastest
     if world > 1 and device.type == "cuda":         # NCCL for GPU tensors, Gloo for CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif world > 1:
@@ -647,7 +655,10 @@ def provenance(argv):
 
 def prepare_data(args):
     """Choose the data folder, args.data -> True if it holds the generated scenes."""
-    args.data = args.data or os.environ.get("CITYSCAPES_DATASET")
+    variable = os.environ.get("CITYSCAPES_DATASET")
+    if args.resume and variable and not Path(args.data).exists():
+        args.data = None                            # the data of the run has moved
+    args.data = args.data or variable
     if args.data:
         say(f"frames of {args.data}")
     else:
@@ -689,8 +700,10 @@ def check_out(args):
     out = Path(args.out)
     names = [name for name in ("best.pt", "last.pt", "log.csv") if (out / name).exists()]
     if names and not args.resume:
-        raise ValueError(f"{out.resolve()} has the {', '.join(names)} of another run; continue it "
-                         f"with --resume {out / 'last.pt'}, or choose another --out")
+        advice = "choose another --out"
+        if "last.pt" in names:
+            advice = f"continue it with --resume {out / 'last.pt'}, or {advice}"
+        raise ValueError(f"{out.resolve()} has the {', '.join(names)} of another run; {advice}")
     try:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
@@ -714,7 +727,7 @@ def main(argv=None):
             say(f"best validation mIoU {run.best_miou:.3f}; "
                 f"now: python eval.py --ckpt {run.out / 'best.pt'}")
         except Stopped:
-            status = 128 + stop.number
+            status = 128 + (stop.number or signal.SIGTERM)      # if another rank got the signal
             say("saved and stopped; "
                 f"continue with: python train.py --resume {run.out / 'last.pt'}")
         except KeyboardInterrupt:                   # a second signal, see StopSignals
@@ -738,6 +751,8 @@ def describe(run):
     text = (f"{args.model}{start}, loss {args.loss}, {len(run.train_set)} training and "
             f"{len(run.val_set)} validation frames, crop {args.crop[0]} x {args.crop[1]}, "
             f"batch {args.batch}, {args.epochs} epochs, {run.device} {run.dtype or torch.float32}")
+    if world_size() > 1:
+        text += f", {world_size()} processes"
     if args.resume:
         text += f", resumed after {run.step} of {args.epochs * run.steps_per_epoch} steps"
     return text
