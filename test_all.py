@@ -2034,7 +2034,7 @@ def test_bad_options_and_files_are_one_line():
 def test_data_is_the_option_else_the_variable_else_scenes():
     for option, variable, expected in (("/a", "/b", "/a"), (None, "/b", "/b"),
                                        (None, "", str(Path("scenes").resolve()))):
-        args = mock.Mock(data=option)
+        args = mock.Mock(data=option, resume=None)
         with (mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": variable}),
               mock.patch("train.make_scenes") as make_scenes):
             train.prepare_data(args)

@@ -132,8 +132,6 @@ class Run:
         self.steps_per_epoch = len(self.train_set) // args.batch
         self.model = build_network(args).to(device, memory_format=torch.channels_last)
         self.network = wrap_network(self.model, args)               # gives all ranks equal weights
-        self.scored_model = self.model              # is validated, and saved in best.pt; differs
-                                                    # from `model` only if you average weights
         self.optimizer = build_optimizer(self.model, args)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.epoch, self.step = 0, 0                # complete epochs, steps since the beginning
@@ -228,12 +226,12 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         if world_size() > 1:
-            for buffer in self.scored_model.buffers():     # BatchNorm's averages: rank 0's for all
+            for buffer in self.model.buffers():     # BatchNorm's averages: rank 0's for all
                 dist.broadcast(buffer, 0)
         torch.backends.cudnn.benchmark = False      # frames may have many sizes
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
         frames = torch.utils.data.Subset(self.val_set, share)
-        matrix = evaluate(self.scored_model, frames, self.device, self.dtype,
+        matrix = evaluate(self.model, frames, self.device, self.dtype,
                           workers=self.args.workers, visit=self.stop_if_asked)
         if world_size() > 1:
             dist.all_reduce(matrix)
@@ -274,7 +272,7 @@ class Run:
         self.write_log()
         if scores and scores["miou"] > self.best_miou:
             self.best_miou = scores["miou"]
-            self.save_as("best.pt", self.scored_model, {})
+            self.save_as("best.pt", self.model, {})
 
     def print_row(self, row):
         """Print the main columns of a row of the log, and the time that is left."""
