@@ -496,7 +496,8 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", nargs="+", metavar="BEST_PT",
                    help="one or more checkpoints of train.py")
     p.add_argument("--data", type=Path, metavar="FOLDER",
-                   help="root of the dataset (default: the one of the training)")
+                   help="root of the dataset (default: the one of the training; of several "
+                   "checkpoints, of the first)")
     p.add_argument("--split", default="val", metavar="NAME",
                    help="split to evaluate: train, val, test or another folder (default: val)")
     p.add_argument("--out", type=Path, default=Path("eval"), metavar="FOLDER",
@@ -512,7 +513,8 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", metavar="NAME",
                    help="cuda, cuda:1, mps or cpu (default: the fastest available)")
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"],
-                   help="precision of autocast; off is float32 (default: as in the training)")
+                   help="precision of autocast; off is float32 (default: as in the training; "
+                   "of several checkpoints, of the first)")
     p.add_argument("--workers", type=number_in(0, 1000, int), metavar="N",
                    help="processes that read frames (default: up to 8; on a CPU 0)")
     args = p.parse_args(argv)
