@@ -235,7 +235,7 @@ def find_files(folder, ending):
 
 # ------------------------------------------------------------------------------- augmentation
 
-JITTER = 0.25                                       # colors change by up to this factor
+JITTER = 0.25                   # brightness, contrast, saturation: each factor is 1 +- JITTER
 
 
 def place_window(length, crop, zoom, rng):
@@ -331,10 +331,10 @@ ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
     "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
-HORIZON = 0.42          # its row / the height of the frame, in Cityscapes; of a camera like its
-LEAST_SHARE = 0.005     # of a frame; smaller pieces are hardly visible at stride 32
+HORIZON = 0.42          # its row / the height of the frame, in Cityscapes; other cameras differ
+LEAST_SHARE = 0.005     # of a frame, 10 cells of stride 32 in Cityscapes; smaller is not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # mean share of the labeled pixels of a frame: above this, nothing is pasted
+RARE = 0.01             # mean share of a frame's labeled pixels; from here on, nothing is pasted
 ADDED = 3               # pixels to paste / pixels that the class has, before parts are hidden
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 

@@ -8,7 +8,7 @@
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it. Every random number is
 derived from the seed and the position of the run, so a run that was stopped and resumed ends like
-one that was not.
+one that was not (on a GPU up to rounding).
 """
 import argparse
 import contextlib
@@ -89,13 +89,13 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # for integers, the same in every process
+    torch.manual_seed(hash((seed, step, rank())))   # a hash of integers never varies
 
 
 def clip_gradients(run):
     """Scale the gradients so that their total norm is at most --clip-grad; 0 is off."""
     if run.args.clip_grad > 0:
-        run.scaler.unscale_(run.optimizer)          # as the norm is that of the true gradients
+        run.scaler.unscale_(run.optimizer)          # so that the norm is of the true gradients
         nn.utils.clip_grad_norm_(run.network.parameters(), run.args.clip_grad)
 
 

@@ -196,12 +196,13 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    A U-Net upsamples the coarse map, concatenates the skip, and convolves. This step does the same
-    without the concatenation: a 1x1 convolution brings each of the two maps to `out` channels,
-    and they are added. BatchNorm, ReLU and a residual block of two 3x3 convolutions follow.
+    A U-Net upsamples the coarse map, concatenates the skip, and convolves. This step computes a
+    1x1 convolution of that concatenation, without building it: a 1x1 convolution brings each of
+    the two maps to `out` channels, and they are added. BatchNorm, ReLU and a residual block of two
+    3x3 convolutions follow.
 
-    It is the same because a 1x1 convolution of a concatenation is the sum of two, one for each
-    part, and because upsampling mixes pixels and a 1x1 convolution channels, in any order:
+    A 1x1 convolution of a concatenation is the sum of two, one for each part. And upsampling,
+    which mixes pixels, and a 1x1 convolution, which mixes channels, can change places:
 
         conv1x1([upsample(x), s]) = A upsample(x) + B s = upsample(A x) + B s
 
@@ -289,8 +290,8 @@ class GatedUp(nn.Module):
         s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
         y       = conv(conv1x1([linear2(s'), z]))
 
-    The coarse map z thus decides how much of each value of the skip is kept (f), and what is
-    added to it (g) where (i).
+    The coarse map z (through f) and the skip decide how much of the skip is kept. z alone decides
+    what is added to it (g), and where (i).
     """
 
     def __init__(self, channels, out):
