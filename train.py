@@ -558,7 +558,7 @@ def build_parser():
     p.add_argument("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
                    help="range of the random zoom (default: 0.5 2; for scenes 0.8 1.25)")
     p.add_argument("--optimizer", choices=["sgd", "adamw"],
-                   help="(default: sgd; for ConvNeXt adamw)")
+                   help="(default: sgd; for ConvNeXt and ConvUNeXt adamw)")
     p.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate (default: sgd "
                    "0.0015 x batch, for scenes 0.025 x batch; adamw 0.001)")
     p.add_argument("--encoder-lr", type=number_in(0, 1e3), metavar="FACTOR",

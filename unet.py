@@ -391,7 +391,7 @@ SPECS = {
     "convnext_tiny": Spec(
         lambda classes: UNet(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), classes),
         f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),
-    "convunext": Spec(ConvUNeXt, None, "sgd", 4),
+    "convunext": Spec(ConvUNeXt, None, "adamw", 4),
 }
 MODELS = list(SPECS)
 
