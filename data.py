@@ -154,10 +154,11 @@ class Cityscapes(torch.utils.data.Dataset):
     scale: (min, max), range of the random zoom before a crop
     pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
-    Item k = epoch * len + frame (train.py asks for these k), so that a frame has new random
-    numbers in each epoch; whole frames are items 0 ... len - 1. A split
-    other than train and val may have no labels; then all pixels are 255. Raises FileNotFoundError
-    that says which files are missing.
+    Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. train.py
+    asks for these k; whole frames are items 0 ... len - 1.
+
+    A split other than train and val may have no labels; then all pixels are 255. Raises
+    FileNotFoundError that says which files are missing.
     """
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0),
@@ -331,7 +332,7 @@ ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
     "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
-HORIZON = 0.42          # its row / the height of the frame, in Cityscapes; other cameras differ
+HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame, 10 cells of stride 32 in Cityscapes; smaller is not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
 RARE = 0.01             # mean share of a frame's labeled pixels; from here on, nothing is pasted
@@ -458,7 +459,7 @@ def visible_part(mask, covered):
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
-    # Of the mask, for each column; the last row in a column without a pixel of the blob.
+    # For each column, the lowest row of the mask; where the column has none, the last row.
     lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)
     column_is_nearer = things[lowest_row, np.arange(mask.shape[1])]
     return mask & ~people & ~(things & column_is_nearer)

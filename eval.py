@@ -525,15 +525,12 @@ def parse_args(argv=None):
     return args
 
 
-def find_data(args, settings):
-    """The root to evaluate on: --data, else that of the training, else $CITYSCAPES_DATASET."""
-    if args.data:
-        return args.data
-    trained_on = Path(settings["data"])
+def find_data(settings):
+    """The root of the data of a run; if that folder is gone, $CITYSCAPES_DATASET if it is set."""
     variable = os.environ.get("CITYSCAPES_DATASET")
-    if variable and not trained_on.exists():
-        return Path(variable)
-    return trained_on
+    if variable and not Path(settings["data"]).exists():
+        return variable
+    return settings["data"]
 
 
 def main(argv=None):
@@ -554,7 +551,7 @@ def main(argv=None):
     if len(set(names)) < len(names):                # folders of one name: number them
         names = [f"{i}_{name}" for i, name in enumerate(names, start=1)]
 
-    args.data = find_data(args, ckpts[0].settings)
+    args.data = args.data or Path(find_data(ckpts[0].settings))
     dataset = Cityscapes(args.data, args.split)
     check_unique(dataset.names, args.data)
     print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)

@@ -1616,6 +1616,8 @@ def test_resume_finds_moved_data():
                 assert begin.call_args.args[0].args.data == str(scenes().resolve())
             else:
                 assert "/moved" in raises(FileNotFoundError, tiny_resume, run.out)
+    with mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": str(scenes())}):
+        assert "/typo" in raises(FileNotFoundError, tiny_resume, run.out, "--data", "/typo")
 
 
 def test_resume_in_float16_restores_the_scaler():
@@ -2034,7 +2036,7 @@ def test_bad_options_and_files_are_one_line():
 def test_data_is_the_option_else_the_variable_else_scenes():
     for option, variable, expected in (("/a", "/b", "/a"), (None, "/b", "/b"),
                                        (None, "", str(Path("scenes").resolve()))):
-        args = mock.Mock(data=option, resume=None)
+        args = mock.Mock(data=option)
         with (mock.patch.dict(os.environ, {"CITYSCAPES_DATASET": variable}),
               mock.patch("train.make_scenes") as make_scenes):
             train.prepare_data(args)

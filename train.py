@@ -33,8 +33,8 @@ from torch import nn
 from data import (CLASSES, LABEL_TO_TRAIN, SCENES_MARK, Cityscapes, class_pixels, class_weights,
                   make_scenes, normalize)
 from eval import (StopSignals, autocast, command_line, curves_picture, default_workers, evaluate,
-                  load_checkpoint, load_weights, make_loader, number_in, pick_amp, pick_device,
-                  rank, say, summarize, world_size)
+                  find_data, load_checkpoint, load_weights, make_loader, number_in, pick_amp,
+                  pick_device, rank, say, summarize, world_size)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
@@ -618,8 +618,9 @@ def parse_resumed(parser, argv, last):
     The saved options become the parser's defaults. So an option differs from its default only if
     the command line gives it another value, which is an error unless it is in MAY_CHANGE.
     """
-    parser.set_defaults(**load_checkpoint(last)["settings"])
-    parser.set_defaults(out=str(last.parent))
+    settings = load_checkpoint(last)["settings"]
+    parser.set_defaults(**settings)
+    parser.set_defaults(out=str(last.parent), data=find_data(settings))
     args = parser.parse_args(argv)
     if Path(args.out).resolve() != last.parent.resolve():
         parser.error(f"--out {args.out} is not the folder of {last}; leave --out out")
@@ -653,10 +654,7 @@ def provenance(argv):
 
 def prepare_data(args):
     """Choose the data folder, args.data -> True if it holds the generated scenes."""
-    variable = os.environ.get("CITYSCAPES_DATASET")
-    if args.resume and variable and not Path(args.data).exists():
-        args.data = None                            # the data of the run has moved
-    args.data = args.data or variable
+    args.data = args.data or os.environ.get("CITYSCAPES_DATASET")
     if args.data:
         say(f"frames of {args.data}")
     else:
