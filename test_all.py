@@ -1541,6 +1541,23 @@ def test_float16_that_always_overflows_stops_the_run():
     assert "--amp off" in raises(FloatingPointError, train.train, run)
 
 
+def test_sgd_after_a_first_step_that_was_left_out():
+    """float16 gradients overflow in the first step: the next one has no momentum from memory."""
+    model = torch.nn.Linear(1000, 1)
+    args = mock.Mock(optimizer="sgd", lr=0.1, weight_decay=0.0, pretrained=False, init=None)
+    optimizer = train.build_optimizer(model, args)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for factor in math.inf, 1.0:
+        junk = torch.full((1, 1000), 1e30)          # freed memory that new buffers may get
+        del junk
+        optimizer.zero_grad()
+        scaler.scale(factor * model.weight.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    momentum = optimizer.state[model.weight]["momentum_buffer"]
+    assert torch.equal(momentum, torch.ones(1, 1000))       # only the gradient of the second step
+
+
 def test_losses_are_read_every_ten_steps_and_saves_are_on_time():
     """On a GPU, where reading a loss has to wait. No loss in between is lost."""
     run = ready_run()
@@ -1742,7 +1759,7 @@ def test_a_repeated_signal_does_not_change_how_a_run_ends():
 @mock.patch("train.build_model", tiny)
 def test_resume_refuses_what_would_change_the_run():
     last = whole_run() / "last.pt"
-    for wrong in ("--lr 1", "--loss ce", "--seed 1", "--crop 96 96", "--model resnet34",
+    for wrong in ("--clip-grad 1", "--loss ce", "--seed 1", "--crop 96 96", "--model resnet34",
                   "--batch 3", "--out elsewhere", "--epochs 1"):
         status, line = command_line_of(train, "--resume", last, *wrong.split())
         assert status == 2 and wrong.split()[0] in line and line.count("\n") == 1, line
@@ -1757,12 +1774,13 @@ def test_resume_refuses_what_would_change_the_run():
     assert status == 2 and "last.pt" in line and "--init" in line
 
 
-def test_resume_accepts_another_spelling_of_out_and_more_epochs():
+def test_resume_accepts_another_spelling_of_out_more_epochs_and_another_rate():
     out = FOLDER / "longer"
     tiny_run(out, "--epochs", "1")
     spelled = str(out / ".." / "longer")
-    printed = tiny_resume(out, "--epochs", "2", "--out", spelled, "--amp", "bf16")
+    printed = tiny_resume(out, "--epochs", "2", "--out", spelled, "--amp", "bf16", "--lr", "0.001")
     assert "--epochs" in printed and "learning rate" in printed and load(out)["epoch"] == 2
+    assert load(out)["settings"]["lr"] == 0.001 and load(out)["log"][1]["lr"] < 0.001
 
 
 def test_broken_checkpoints_are_one_line():
@@ -1835,6 +1853,9 @@ def test_incomplete_variables_of_torchrun():
         assert train.set_up_device(args) == torch.device("cpu")
     with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": ""}):
         assert "torchrun" in raises(ValueError, train.set_up_device, args)
+    one_gpu = mock.Mock(device="cuda:1")
+    with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}):
+        assert "all processes" in raises(ValueError, train.set_up_device, one_gpu)
 
 
 def test_batch_norm_is_synchronized_on_gpus():

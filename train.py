@@ -462,7 +462,12 @@ def build_optimizer(model, args):
     fused = next(model.parameters()).device.type != "mps"
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
-    return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
+    # If GradScaler leaves out the first step, fused SGD keeps momentum buffers that it has not
+    # filled (PyTorch 2.13). Buffers of 0 are also correct without it: 0.9 * 0 + gradient.
+    for parameter in model.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 # ------------------------------------------------------------------------------- processes
@@ -474,6 +479,9 @@ def set_up_device(args):
     if world > 1 and not os.environ.get("LOCAL_RANK"):
         raise ValueError("WORLD_SIZE is set, but LOCAL_RANK is not; start several processes with "
                          "torchrun")
+    if world > 1 and ":" in args.device:
+        raise ValueError(f"--device {args.device} is one device for all processes; with torchrun, "
+                         "pass --device cuda")
     device = pick_device(args.device)               # selects the GPU of LOCAL_RANK first
     if world > 1 and device.type == "cuda":         # NCCL for GPU tensors, Gloo for CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
@@ -529,7 +537,8 @@ OPTIMIZER_DEFAULTS = {
 }
 
 # Options that may be changed on resume, although some of them change the results of the run.
-MAY_CHANGE = {"data", "epochs", "workers", "device", "amp", "compile", "save_minutes", "val_every"}
+MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "save_minutes",
+              "val_every"}
 
 
 def build_parser():
@@ -581,7 +590,8 @@ def build_parser():
     p.add_argument("--device", default="auto", metavar="NAME",
                    help="cuda, cuda:1, mps or cpu (default: the fastest available)")
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                   help="precision of autocast; off is float32 (default: the fastest available)")
+                   help="precision of autocast; off is float32, with TF32 in the convolutions of "
+                        "newer NVIDIA GPUs (default: the fastest available)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="use torch.compile (default: no)")
     p.add_argument("--save-minutes", type=number_in(0, 1e6), default=5.0, metavar="N",
