@@ -1425,7 +1425,8 @@ def test_init_takes_the_weights_and_nothing_else():
             assert group["factor"] == (0.5 if id(p) in encoder else 1.0)        # --encoder-lr
             assert group["weight_decay"] == (5e-4 if p.ndim > 1 else 0.0)       # not for norms
             seen += 1
-    assert seen == len(list(run.model.parameters())) and not run.optimizer.state
+    assert seen == len(list(run.model.parameters()))
+    assert not any(state["momentum_buffer"].any() for state in run.optimizer.state.values())
 
 
 # ------------------------------------------------------------------------- files of a run
@@ -1594,6 +1595,7 @@ def test_resume_after_a_signal_in_a_step_is_exact():
     with before_step(1, lambda: signal.raise_signal(signal.SIGTERM)):
         status = raises(SystemExit, tiny_run, out, "--loss", "ce+dice", "--workers", "2")
     assert status == str(128 + signal.SIGTERM) and load(out)["step"] == 2
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # in case nohup started the tests
     for step, number in (3, signal.SIGUSR1), (4, signal.SIGHUP):
         with before_step(step, lambda: signal.raise_signal(number)):
             status = raises(SystemExit, tiny_resume, out, "--workers", "0")
