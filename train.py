@@ -547,8 +547,7 @@ def build_parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     count, positive = number_in(1, 10**6, int), number_in(1e-9, 1e3)
     p.add_argument("--data", metavar="FOLDER",
-                   help="root of the dataset (default: $CITYSCAPES_DATASET, else generated "
-                   "scenes)")
+                   help="root of the dataset (default: $CITYSCAPES_DATASET, else generated scenes)")
     p.add_argument("--model", choices=MODELS,
                    help="(default: resnet34; for scenes resnet18; with --init that of the file)")
     p.add_argument("--loss", choices=LOSSES, default="ce", help="(default: ce, cross-entropy)")
@@ -590,8 +589,8 @@ def build_parser():
     p.add_argument("--device", default="auto", metavar="NAME",
                    help="cuda, cuda:1, mps or cpu (default: the fastest available)")
     p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto",
-                   help="precision of autocast; off is float32, with TF32 in the convolutions of "
-                        "newer NVIDIA GPUs (default: the fastest available)")
+                   help="precision of autocast; off is float32, with TF32 convolutions on newer "
+                   "GPUs (default: the fastest available)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
                    help="use torch.compile (default: no)")
     p.add_argument("--save-minutes", type=number_in(0, 1e6), default=5.0, metavar="N",
