@@ -335,7 +335,7 @@ IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
 HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame, 10 cells of stride 32 in Cityscapes; smaller is not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # mean share of a frame's labeled pixels; from here on, nothing is pasted
+RARE = 0.01             # from this mean share of the labeled pixels on, nothing is pasted
 ADDED = 3               # pixels to paste / pixels that the class has, before parts are hidden
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 

@@ -60,7 +60,7 @@ def predict(model, images, dtype=None, tta=False):
 
 
 def probabilities(model, x, size, dtype):
-    """The class probabilities for x, N x 3 x H x W, resized to `size` -> N x 19 x size."""
+    """Class probabilities for x, N x 3 x H x W: softmax of the resized logits -> N x 19 x size."""
     with autocast(x.device, dtype):
         logits = model(x)
     return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)

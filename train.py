@@ -1,7 +1,7 @@
 """Train a U-Net on Cityscapes, or on generated street scenes if there is no Cityscapes.
 
     python train.py --loss ce                             # anywhere
-    python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice --copyblob
+    python train.py --data /data/cityscapes --model convnext_tiny --class-weights enet --copyblob
     torchrun --nproc_per_node=4 train.py --data /data/cityscapes --batch 32     # on 4 GPUs
     python train.py --resume last.pt                      # continue a run that was stopped
 
