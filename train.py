@@ -463,8 +463,8 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # If GradScaler leaves out the first step, fused SGD keeps momentum buffers that it has not
-    # filled (PyTorch 2.13). Buffers of 0 are also correct without it: 0.9 * 0 + gradient.
+    # Start momentum at 0. Otherwise, if GradScaler leaves out the first step, fused SGD would use
+    # uninitialized buffers in the second one (PyTorch 2.13).
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
