@@ -393,7 +393,7 @@ def mirror(blob):
 
 
 def scale_at(y, label, blob):
-    """The scale of a blob whose foot is moved to row y of a frame."""
+    """The scale of a blob whose foot is moved to row y of a frame; y + 1 is its lower edge."""
     return (y + 1 - HORIZON * label.height) / blob.drop
 
 

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 import metrics
 from data import (CLASSES, IGNORE, LABEL_TO_TRAIN, TRAIN_TO_LABEL, Cityscapes, normalize,
                   read_image)
-from unet import build_model
+from unet import SPECS, build_model
 
 NAMES = [c.name for c in CLASSES]
 
@@ -86,13 +86,11 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
 
-    A photo larger than a validation frame (frame_size: height, width) is reduced to its number of
-    pixels, at which the network was scored. This also limits the memory. The labels are then
-    upsampled.
+    A photo with more pixels than a validation frame (frame_size: height, width) is reduced to as
+    many, as the network was scored at that size. This also limits the memory. The labels are then
+    enlarged to the size of the photo.
     """
     limit = frame_size[0] * frame_size[1]
-    if tta:
-        limit /= max(TTA_SCALES) ** 2               # the largest copy has that many pixels
     zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
     size = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
     pixels = np.array(photo.resize(size, Image.BILINEAR))       # averages where it reduces
@@ -117,12 +115,15 @@ def load_checkpoint(path):
                 raise TypeError(f"the setting {name} is not a string")
         if not isinstance(saved["model"], dict):
             raise TypeError("there are no weights")
-        return saved
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"{path}: no such file; train.py writes best.pt") from error
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
+    name = saved["settings"]["model"]
+    if name not in SPECS:
+        raise ValueError(f"{path}: its model is {name}, which is not in SPECS of unet.py")
+    return saved
 
 
 def load_weights(model, name, saved, path):
@@ -537,8 +538,7 @@ def main(argv=None):
     """Run one command line (default: sys.argv) -> a list of the dicts in metrics.json."""
     args = parse_args(argv)
     device = pick_device(args.device)
-    if args.workers is None:
-        args.workers = default_workers(device)
+    args.workers = pick_workers(args.workers, device)
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
     ckpts = [load_model(path, device) for path in args.ckpt]
@@ -632,11 +632,13 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
-def default_workers(device):
-    """Worker processes of a DataLoader: this process's share of the CPU cores, at most 8.
+def pick_workers(number, device):
+    """The number of data workers; None is this process's share of the CPU cores, at most 8.
 
-    0 if the network itself runs on the CPU, which then has no core to spare.
+    On a CPU None is 0, as the network itself keeps all cores busy.
     """
+    if number is not None:
+        return number
     if device.type == "cpu":
         return 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)    # of torchrun on this machine
@@ -659,19 +661,6 @@ def usable_cores():
 def rank():
     """The number of this process under torchrun, else 0."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """The number of processes that torchrun started, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def say(text):
-    """Print on rank 0. On a terminal, the line replaces one of `progress`."""
-    if rank() == 0:
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")
-        print(text, flush=True)
 
 
 def progress(items, what):
@@ -724,38 +713,6 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM"
 #     in its data workers         ignored, so that they live until the main process has saved
 #     while the program ends      ignored, so that a repeated signal does not change its status
 #     else                        Python's default
-
-
-class StopSignals:
-    """Records that one of STOP_SIGNALS asked the run to stop. Use as a context manager.
-
-    The run then stops after the current step or validation frame. Signals within two seconds
-    count as one, as torchrun and SLURM may pass on a signal that a process has received already.
-    A later one stops the run without saving.
-    """
-
-    def __init__(self):
-        self.requested, self.number, self.time = False, None, None
-
-    def receive(self, number, frame):
-        now = time.monotonic()
-        if self.requested and now > self.time + 2:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self.number, self.time = True, number, now
-
-    def __enter__(self):
-        self.handlers = {}
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
-                self.handlers[number] = signal.signal(number, self.receive)
-        return self
-
-    def __exit__(self, *error):
-        if self.requested:      # keep our handlers, so that a repeated signal does not end the
-            return              # program before `command_line` makes it ignore signals
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
 
 
 def command_line(main):

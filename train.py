@@ -32,9 +32,9 @@ from torch import nn
 
 from data import (CLASSES, LABEL_TO_TRAIN, SCENES_MARK, Cityscapes, class_pixels, class_weights,
                   make_scenes, normalize)
-from eval import (StopSignals, autocast, command_line, curves_picture, default_workers, evaluate,
-                  find_data, load_checkpoint, load_weights, make_loader, number_in, pick_amp,
-                  pick_device, rank, say, summarize, world_size)
+from eval import (STOP_SIGNALS, autocast, command_line, curves_picture, evaluate, find_data,
+                  load_checkpoint, load_weights, make_loader, number_in, pick_amp, pick_device,
+                  pick_workers, rank, summarize)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
@@ -126,6 +126,7 @@ class Run:
     def __init__(self, args, device, stop):
         self.args, self.device, self.stop, self.out = args, device, stop, Path(args.out)
         self.dtype = pick_amp(args.amp, device)
+        self.workers = pick_workers(args.workers, device)
         self.train_set, self.val_set, self.loss_function = build_data_and_loss(args, device)
         _, label = self.val_set[0]
         self.frame_size = list(label.shape)         # height, width
@@ -157,7 +158,7 @@ class Run:
         done = self.step - self.epoch * self.steps_per_epoch
         batches = epoch_batches(self.epoch, len(self.train_set), self.args.batch, self.args.seed)
         batches_of_rank = [batch[rank()::world_size()] for batch in batches[done:]]
-        loader = make_loader(self.train_set, self.args.workers, batch_sampler=batches_of_rank,
+        loader = make_loader(self.train_set, self.workers, batch_sampler=batches_of_rank,
                              pin_memory=self.device.type == "cuda")
         waited, start = 0.0, time.monotonic()
         requested = start                           # when the next batch was asked for
@@ -232,7 +233,7 @@ class Run:
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
         frames = torch.utils.data.Subset(self.val_set, share)
         matrix = evaluate(self.model, frames, self.device, self.dtype,
-                          workers=self.args.workers, visit=self.stop_if_asked)
+                          workers=self.workers, visit=self.stop_if_asked)
         if world_size() > 1:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
@@ -268,11 +269,11 @@ class Run:
         self.log.append(row)
         self.epoch += 1
         self.loss_sum = 0.0
-        self.print_row(row)
-        self.write_log()
         if scores and scores["miou"] > self.best_miou:
             self.best_miou = scores["miou"]
-            self.save_as("best.pt", self.model, {})
+            self.save_as("best.pt")
+        self.write_log()
+        self.print_row(row)                         # last: it fails if the terminal is gone
 
     def print_row(self, row):
         """Print the main columns of a row of the log, and the time that is left."""
@@ -305,21 +306,22 @@ class Run:
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - self.began
         position = {name: getattr(self, name) for name in POSITION}
-        self.save_as("last.pt", self.model, {
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "num_frames": len(self.train_set), **position})
+        self.save_as("last.pt", optimizer=self.optimizer.state_dict(),
+                     scaler=self.scaler.state_dict(), num_frames=len(self.train_set), **position)
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
 
-    def save_as(self, name, model, more):
-        """Write a checkpoint: weights of `model`, all that eval.py needs, and the dict `more`."""
-        if rank() == 0:
-            buffer = io.BytesIO()
-            torch.save({"model": model.state_dict(), "settings": settings_of(self.args),
-                        "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
-                        "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
-                        "log": self.log, "made_by": self.args.made_by, **more}, buffer)
-            write(buffer.getbuffer(), self.out / name)
+    def save_as(self, name, **more):
+        """Write a checkpoint: the weights, all that eval.py needs, and what is passed as `more`."""
+        if rank() != 0:
+            return
+        checkpoint = {"model": self.model.state_dict(), "settings": settings_of(self.args),
+                      "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
+                      "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
+                      "log": self.log, "made_by": self.args.made_by}
+        buffer = io.BytesIO()
+        torch.save(checkpoint | more, buffer)
+        write(buffer.getbuffer(), self.out / name)
 
     def restore(self, path):
         """Continue from a last.pt."""
@@ -470,7 +472,7 @@ def build_optimizer(model, args):
     return optimizer
 
 
-# ------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------- processes and signals
 
 
 def set_up_device(args):
@@ -490,6 +492,19 @@ def set_up_device(args):
     return device
 
 
+def world_size():
+    """The number of processes that torchrun started, else 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(text):
+    """Print on rank 0. On a terminal, the line replaces one of `progress`."""
+    if rank() == 0:
+        if sys.stdout.isatty():
+            print("\r\033[K", end="")
+        print(text, flush=True)
+
+
 def from_rank_0(function):
     """Call the function on rank 0 only -> its result, on every rank."""
     result = [function() if rank() == 0 else None]
@@ -507,6 +522,38 @@ def on_any_rank(condition):
     return value.item() > 0
 
 
+class StopSignals:
+    """Records that one of STOP_SIGNALS asked the run to stop. Use as a context manager.
+
+    The run then stops after the current step or validation frame. Signals within two seconds
+    count as one, as torchrun and SLURM may pass on a signal that a process has received already.
+    A later one stops the run without saving.
+    """
+
+    def __init__(self):
+        self.requested, self.number, self.time = False, None, None
+
+    def receive(self, number, frame):
+        now = time.monotonic()
+        if self.requested and now > self.time + 2:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self.number, self.time = True, number, now
+
+    def __enter__(self):
+        self.handlers = {}
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:      # nohup ignores SIGHUP
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        if self.requested:      # keep our handlers, so that a repeated signal does not end the
+            return              # program before `command_line` makes it ignore signals
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
 # ------------------------------------------------------------------------- the command line
 
 # For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
@@ -516,7 +563,6 @@ CITYSCAPES_DEFAULTS = {
     "pretrained": True,                 # ImageNet weights, if there are any for the model
     "epochs": 200,
     "batch": 8,                         # or the model's batch in unet.SPECS if that is smaller
-    "crop": [512, 1024],                # height x width, at most the frame
     "scale": [0.5, 2.0],
     "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
 }
@@ -526,7 +572,6 @@ SCENES_DEFAULTS = {
     "pretrained": False,
     "epochs": 10,
     "batch": 2,
-    "crop": [128, 256],
     "scale": [0.8, 1.25],
     "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
 }
@@ -674,7 +719,7 @@ def prepare_data(args):
     return (Path(args.data) / SCENES_MARK).exists()
 
 
-def fill_defaults(args, defaults, device):
+def fill_defaults(args, defaults):
     """Give every option that was not set its default; `defaults`: one of the tables above."""
     def set_if_none(name, value):
         if getattr(args, name) is None:
@@ -690,14 +735,12 @@ def fill_defaults(args, defaults, device):
     set_if_none("scale", defaults["scale"])
     if args.crop is None:
         height, width = Cityscapes(args.data, "val")[0][1].shape
-        args.crop = [max(64, min(defaults["crop"][0], height)),
-                     max(64, min(defaults["crop"][1], width))]
+        args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
     set_if_none("optimizer", spec.optimizer)
     for name, value in OPTIMIZER_DEFAULTS[args.optimizer].items():
         set_if_none(name, value)
     if args.optimizer == "sgd":
         set_if_none("lr", defaults["sgd_lr_per_frame"] * args.batch)
-    set_if_none("workers", default_workers(device))
 
 
 def check_out(args):
@@ -722,7 +765,7 @@ def main(argv=None):
     check_out(args)
     device = set_up_device(args)
     generated = prepare_data(args)
-    fill_defaults(args, SCENES_DEFAULTS if generated else CITYSCAPES_DEFAULTS, device)
+    fill_defaults(args, SCENES_DEFAULTS if generated else CITYSCAPES_DEFAULTS)
     with StopSignals() as stop:
         run = Run(args, device, stop)
         say(describe(run))
@@ -733,8 +776,9 @@ def main(argv=None):
                 f"now: python eval.py --ckpt {run.out / 'best.pt'}")
         except Stopped:
             status = 128 + (stop.number or signal.SIGTERM)      # if another rank got the signal
+            program = "python" if world_size() == 1 else "torchrun ..."
             say("saved and stopped; "
-                f"continue with: python train.py --resume {run.out / 'last.pt'}")
+                f"continue with: {program} train.py --resume {run.out / 'last.pt'}")
         except KeyboardInterrupt:                   # a second signal, see StopSignals
             status = 128 + stop.number
             say("stopped at once; steps since the last save, if any, are lost")

@@ -196,18 +196,15 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    A U-Net upsamples the coarse map, concatenates the skip, and convolves. This step computes a
-    1x1 convolution of that concatenation, without building it: a 1x1 convolution brings each of
-    the two maps to `out` channels, and they are added. BatchNorm, ReLU and a residual block of two
-    3x3 convolutions follow.
-
-    A 1x1 convolution of a concatenation is the sum of two, one for each part. And upsampling,
-    which mixes pixels, and a 1x1 convolution, which mixes channels, can change places:
+    A U-Net upsamples the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
+    of the concatenation, BatchNorm and ReLU are followed by a residual block of two 3x3
+    convolutions. The 1x1 convolution of a concatenation is the sum of two, A for x and B for s.
+    And A, which mixes channels, can change places with upsampling, which mixes pixels:
 
         conv1x1([upsample(x), s]) = A upsample(x) + B s = upsample(A x) + B s
 
-    So A x is computed on the coarse map, which has a quarter of the pixels. Upsampling is by
-    nearest neighbor, the cheapest; the 3x3 convolutions smooth its blocks.
+    So nothing is concatenated, and A x is computed on the coarse map, which has a quarter of the
+    pixels. Upsampling is by nearest neighbor, the cheapest; the 3x3 convolutions smooth its blocks.
     """
 
     def __init__(self, channels, skip_channels, out):
