@@ -56,8 +56,8 @@ CLASSES = [                                         # the position is the train 
 LAST_LABEL_ID = 33                                  # the largest one, evaluated or not
 TRAIN_ID = {c.name: i for i, c in enumerate(CLASSES)}
 
-# Label id -> train id. Targets, class weights and CopyBlob all follow from this table, except for
-# labels that are stored as train ids.
+# Label id -> train id. Targets, class weights and CopyBlob all follow from this table. A file that
+# holds train ids is read as it is.
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)
 for c in CLASSES:
     LABEL_TO_TRAIN[c.label_id] = TRAIN_ID[c.name]
@@ -221,7 +221,7 @@ class Cityscapes(torch.utils.data.Dataset):
         label = read_label(self.labels[index])
         if image.size != label.size:
             raise ValueError(f"{self.labels[index]}: its size is {label.size}, but the size of "
-                             f"its frame is {image.size}")
+                             f"its frame is {image.size}; replace one of them")
         return image, label
 
 
@@ -242,8 +242,8 @@ JITTER = 0.25                   # brightness, contrast, saturation: each factor 
 def place_window(length, crop, zoom, rng):
     """Place a window of crop / zoom pixels at random on one axis of a frame of `length` pixels.
 
-    It lies in the frame or, if it is longer, covers it. -> (start, end, crop_start, crop_end): the
-    part of the window that lies in the frame, in pixels of the frame and in pixels of the crop
+    A window that is shorter than the frame lies in it; a longer one contains it. -> (start, end,
+    crop_start, crop_end): the part in the frame, in pixels of the frame and in pixels of the crop
     """
     window = crop / zoom
     if window <= length:
@@ -333,10 +333,10 @@ IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
     "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
 HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
-LEAST_SHARE = 0.005     # of a frame, 10 cells of stride 32 in Cityscapes; smaller is not cut
+LEAST_SHARE = 0.005     # of a frame; smaller pieces are not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # from this mean share of the labeled pixels on, nothing is pasted
-ADDED = 3               # pixels to paste / pixels that the class has, before parts are hidden
+RARE = 0.01             # a class is pasted if its mean share of the labeled pixels is below this
+ADDED = 3               # pixels to paste / pixels that the class has; see `paste_rates`
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 
 
@@ -401,7 +401,7 @@ def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
     The scale is between 0.5 and 2. When a blob moves along the street, the distance of its foot
-    from the middle is multiplied by the scale. Of four random places, left or right, `find_place`
+    from the middle is multiplied by the scale. Of four random places on either side, `find_place`
     takes the one whose distance fits best: what stood at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.train_id].name]]
@@ -423,10 +423,10 @@ def copy_blob(image, label, blob, rng):
 
     What lies outside of the frame is clipped, and people and what seems nearer stay in front, see
     `visible_part`. Returns the same image and label if there is no place.
+    Adapted from CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch, which copies all pixels
+    of a rare class to a random place, and Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177).
 
     image, label: Pillow images, RGB and train ids (mode L)
-    After CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch (all pixels of a rare class,
-    to a random place) and Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177).
     """
     place = find_place(label, blob, rng)
     if place is None:
@@ -475,9 +475,9 @@ def collect_blobs(dataset, shares, most=64):
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
     its cost. A blob takes 5 bytes per pixel of its box (in Pillow 4 for RGB and 1 for the mask);
-    those of Cityscapes take about 200 MiB. Frames are sampled in proportion to what they show of
-    the class. The result depends only on the frames and dataset.seed. Prints a line if there is
-    nothing to paste.
+    those of Cityscapes should take about 200 MiB. Frames are sampled in proportion to what they
+    show of the class. The result depends only on the frames and dataset.seed. Prints a line if
+    there is nothing to paste.
     shares: from `frame_shares`
     """
     def cut(index, train_id, rng):
@@ -510,7 +510,8 @@ def collect_blobs(dataset, shares, most=64):
 def paste_rates(shares, blobs, strength):
     """How often each class is pasted -> {train id: rate}, in blobs per frame, from 0 to 1.
 
-    At strength 1, the pasted blobs have about ADDED times the pixels that the class has by itself.
+    At strength 1, the pasted blobs have about ADDED times the pixels that the class has by itself,
+    if nothing hides them.
     Example: the class has 0.2 % of all pixels, and a blob is 1.5 % of a frame on average. Then a
     frame gets a blob with probability ADDED * 0.2 / 1.5 = 0.4.
 
@@ -578,8 +579,8 @@ def class_weights(pixels, scheme):
         return None
     total = pixels.sum(axis=0)                      # of each class
     if total.sum() == 0:
-        raise ValueError("the training labels hold none of the classes, so class weights "
-                         "cannot be computed")
+        raise ValueError("the training labels hold none of the classes, so there are no class "
+                         "weights; check the files of --data")
     if scheme == "enet":
         weights = 1 / np.log(1.02 + total / total.sum())
     elif scheme == "median":

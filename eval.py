@@ -86,9 +86,9 @@ def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=Non
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
 
-    A photo with more pixels than a validation frame (frame_size: height, width) is reduced to as
-    many, as the network was scored at that size. This also limits the memory. The labels are then
-    enlarged to the size of the photo.
+    A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
+    number, because the network was scored at that size. This also limits the memory. The labels
+    are then enlarged to the size of the photo.
     """
     limit = frame_size[0] * frame_size[1]
     zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
@@ -117,6 +117,8 @@ def load_checkpoint(path):
             raise TypeError("there are no weights")
     except (FileNotFoundError, IsADirectoryError) as error:
         raise FileNotFoundError(f"{path}: no such file; train.py writes best.pt") from error
+    except PermissionError:
+        raise
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
@@ -127,7 +129,10 @@ def load_checkpoint(path):
 
 
 def load_weights(model, name, saved, path):
-    """Load the weights of a checkpoint into a network of that name, else raise ValueError."""
+    """Load the weights of a checkpoint into a network; `name` is that of the network.
+
+    Raises ValueError if they do not fit.
+    """
     try:
         model.load_state_dict(saved["model"])
     except (TypeError, RuntimeError) as error:
@@ -135,11 +140,11 @@ def load_weights(model, name, saved, path):
                          f"with {len(CLASSES)} classes as unet.py builds it") from error
 
 
-Checkpoint = namedtuple("Checkpoint", "path name model settings epoch miou frame_size log")
+Checkpoint = namedtuple("Checkpoint", "path folder model settings epoch miou frame_size log")
 
 
 def load_model(path, device):
-    """Rebuild the network of a checkpoint -> Checkpoint; `name` is the name of its folder.
+    """Rebuild the network of a checkpoint -> Checkpoint; `folder` is the name of its folder.
 
     Raises the errors of load_checkpoint, and ValueError if the weights do not fit.
     """
@@ -150,9 +155,9 @@ def load_model(path, device):
     if saved.get("label_to_train", LABEL_TO_TRAIN.tolist()) != LABEL_TO_TRAIN.tolist():
         print(f"WARNING: {path} was trained with another LABEL_TO_TRAIN than data.py has now")
     model.to(device, memory_format=torch.channels_last).eval()
-    name = Path(path).resolve().parent.name
+    folder = Path(path).resolve().parent.name
     frame_size = saved.get("frame_size", [1024, 2048])          # of the validation
-    return Checkpoint(str(path), name, model, settings, saved.get("epoch"), saved.get("miou"),
+    return Checkpoint(str(path), folder, model, settings, saved.get("epoch"), saved.get("miou"),
                       frame_size, saved.get("log", []))
 
 
@@ -547,7 +552,7 @@ def main(argv=None):
         if predict_photos(ckpts[0], device, dtype, args) > 0:
             sys.exit(2)
         return []
-    names = [ckpt.name for ckpt in ckpts]
+    names = [ckpt.folder for ckpt in ckpts]
     if len(set(names)) < len(names):                # folders of one name: number them
         names = [f"{i}_{name}" for i, name in enumerate(names, start=1)]
 
@@ -709,7 +714,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM"
 
 # What handles them. They may reach one process or all of them, and twice:
 #
-#     while a run trains          StopSignals: the run stops after its step, and is saved
+#     while a run trains          train.StopSignals: the run stops after its step, and is saved
 #     in its data workers         ignored, so that they live until the main process has saved
 #     while the program ends      ignored, so that a repeated signal does not change its status
 #     else                        Python's default
@@ -745,15 +750,18 @@ def make_loader(dataset, workers, **options):
     return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
 
 
-def ignore_stop_signals(*args):
-    """Make this process ignore STOP_SIGNALS."""
+def ignore_stop_signals(*worker):
+    """Make this process ignore STOP_SIGNALS. A DataLoader passes the number of the worker."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def kill_workers():
-    """End workers that are left when the main process ends, as they ignore the usual SIGTERM."""
-    if hasattr(signal, "SIGCHLD"):                  # PyTorch's handler would report their end
+    """End the workers that are left when the main process ends, for example after an error.
+
+    PyTorch sends them SIGTERM, which they ignore.
+    """
+    if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report their end as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

@@ -2,7 +2,8 @@
 
 Every loss takes logits and labels and gives one number, by the same rules:
 - A pixel labeled 255 is ignored exactly: its logits change neither the loss nor any gradient.
-- Everything is float32 with autocast off: a float16 sum over a crop overflows.
+- Everything is computed in float32. Autocast, with which train.py may run the network in 16 bits,
+  is off here: a float16 sum over a crop overflows.
 - A batch in which nothing is labeled has loss 0 and gradient 0.
 - Class weights w, where given, scale each class; only their ratios matter, since a loss is
   divided by the weights that went into it.
@@ -28,7 +29,7 @@ def _pixel_mean(loss, target, weights):
 
 
 def _class_sums(logits, target):
-    """Sums over the labeled pixels of a batch, for each class: p t, p and t -> three tensors of C.
+    """For each class, the sums of p t, p and t over the labeled pixels -> three tensors of C.
 
     t is the one-hot truth, p the softmax. Shapes as in `cross_entropy`.
     """
@@ -50,8 +51,8 @@ def cross_entropy(logits, target, weights):
 def focal(logits, target, weights, gamma=2.0):
     """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
 
-    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p_i is the softmax, without
-    the weights. Shapes as in `cross_entropy`.
+    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p_i is the softmax: the weights
+    scale the loss, but do not change p_i. Shapes as in `cross_entropy`.
     Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha).
     """
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
@@ -63,10 +64,9 @@ def dice(logits, target, weights):
 
         D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic)
 
-    i runs over the labeled pixels of the batch (under torchrun, of this rank's share), c over the
-    classes of those pixels. A class that is absent from the batch is skipped: its D_c would be 0
-    whatever the network says. t is the one-hot truth, p the softmax. Shapes as in
-    `cross_entropy`; the result lies in [0, 1].
+    i runs over the labeled pixels of the batch, c over the classes of those pixels. A class that is
+    absent from the batch is skipped: its D_c would be 0 whatever the network says. t is the one-hot
+    truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
     """

@@ -1825,7 +1825,7 @@ def test_defaults_of_real_frames():
              ("convnext_tiny", 8, "adamw", 0.001))
     for model, batch, optimizer, lr in table:
         args = train.build_parser().parse_args(["--data", str(root), "--model", model])
-        train.fill_defaults(args, train.CITYSCAPES_DEFAULTS)
+        train.fill_defaults(args, train.REAL_DEFAULTS)
         assert (args.batch, args.optimizer, args.crop) == (batch, optimizer, [512, 1024])
         assert args.pretrained == (model != "convunext") and args.epochs == 200
         close(args.lr, lr)

@@ -103,7 +103,7 @@ def clip_gradients(run):
 
 
 CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
-POSITION = "epoch", "step", "loss_sum", "seconds", "best_miou", "log"       # attributes of a Run
+STATE = "epoch", "step", "loss_sum", "seconds", "best_miou", "log"      # attributes of a Run
 
 
 class Stopped(Exception):
@@ -159,7 +159,7 @@ class Run:
         batches = epoch_batches(self.epoch, len(self.train_set), self.args.batch, self.args.seed)
         batches_of_rank = [batch[rank()::world_size()] for batch in batches[done:]]
         loader = make_loader(self.train_set, self.workers, batch_sampler=batches_of_rank,
-                             pin_memory=self.device.type == "cuda")
+                             pin_memory=self.device.type == "cuda")     # for non_blocking copies
         waited, start = 0.0, time.monotonic()
         requested = start                           # when the next batch was asked for
         for images, target in loader:
@@ -177,15 +177,15 @@ class Run:
         self.losses.append(loss)
         save_is_due = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
         # Every rank must make both calls, as each waits for the others.
-        stop = on_any_rank(self.stop.requested)
-        save = on_any_rank(save_is_due) or stop
+        must_stop = on_any_rank(self.stop.requested)
+        must_save = on_any_rank(save_is_due) or must_stop
         on_cpu = self.device.type == "cpu"          # where reading a loss costs nothing
-        if len(self.losses) == CHECK_EVERY or save or on_cpu:
+        if len(self.losses) == CHECK_EVERY or must_save or on_cpu:
             self.check_losses()
             self.show_progress()
-        if save:
+        if must_save:
             self.save()
-        if stop:
+        if must_stop:
             raise Stopped
 
     def check_losses(self):
@@ -237,7 +237,8 @@ class Run:
         if world_size() > 1:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
-            raise ValueError(f"{self.args.data}: the validation labels hold none of the classes")
+            raise ValueError(f"{self.args.data}: the validation labels hold none of the classes; "
+                             "check these files")
         return summarize(matrix.cpu())
 
     def stop_if_asked(self, index, *frame):
@@ -305,9 +306,9 @@ class Run:
                                      "--lr, or try --amp off; what was saved before is kept")
         self.saved_at = time.monotonic()
         self.seconds = self.saved_at - self.began
-        position = {name: getattr(self, name) for name in POSITION}
+        state = {name: getattr(self, name) for name in STATE}
         self.save_as("last.pt", optimizer=self.optimizer.state_dict(),
-                     scaler=self.scaler.state_dict(), num_frames=len(self.train_set), **position)
+                     scaler=self.scaler.state_dict(), num_frames=len(self.train_set), **state)
         if world_size() > 1:
             dist.barrier()                          # no rank ends before the file is complete
 
@@ -326,13 +327,14 @@ class Run:
     def restore(self, path):
         """Continue from a last.pt."""
         last = load_checkpoint(path)
-        missing = {"optimizer", "scaler", "num_frames", "label_to_train", *POSITION} - last.keys()
+        missing = {"optimizer", "scaler", "num_frames", "label_to_train", *STATE} - last.keys()
         if missing:
             raise ValueError(f"{path}: has a model, but not {', '.join(sorted(missing))} of a run; "
                              "resume from the last.pt beside it, or start a new run with --init")
         if last["num_frames"] != len(self.train_set):
             raise ValueError(f"{self.args.data}: has {len(self.train_set)} training frames, but "
-                             f"the run of {path} began with {last['num_frames']}")
+                             f"the run of {path} began with {last['num_frames']}; restore them, "
+                             "or start a new run")
         if last["label_to_train"] != LABEL_TO_TRAIN.tolist():
             raise ValueError(f"{path}: LABEL_TO_TRAIN in data.py has changed since this run began, "
                              "so scores would not be comparable; start a new run")
@@ -340,7 +342,7 @@ class Run:
         self.optimizer.load_state_dict(last["optimizer"])
         if self.scaler.is_enabled() and last["scaler"]:
             self.scaler.load_state_dict(last["scaler"])
-        for name in POSITION:
+        for name in STATE:
             setattr(self, name, last[name])
         if self.step > self.args.epochs * self.steps_per_epoch:
             raise ValueError(f"--epochs {self.args.epochs}: the run has trained {self.step} steps, "
@@ -390,7 +392,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     """
-    # A sample uses (seed, epoch, index) with index < num_frames, so no sample uses these numbers.
+    # The samples of data.Cityscapes use (seed, epoch, index) with index < num_frames: not this one.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -424,7 +426,7 @@ def build_data_and_loss(args, device):
 def build_network(args):
     """The network with random, ImageNet (--pretrained) or a checkpoint's weights (--init)."""
     torch.manual_seed(args.seed)
-    # Rank 0 alone loads them: DistributedDataParallel begins by copying its weights to all ranks.
+    # Rank 0 alone loads them: DistributedDataParallel begins by copying rank 0's weights to all.
     pretrained = args.pretrained and not args.resume and rank() == 0
     model = build_model(args.model, len(CLASSES), pretrained)
     if args.init and not args.resume:
@@ -440,7 +442,7 @@ def wrap_network(model, args):
     """
     network = model
     if world_size() > 1:
-        if next(model.parameters()).is_cuda:        # replaces the norms in `model`
+        if next(model.parameters()).is_cuda:        # replaces the norms in `model` itself
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -558,7 +560,7 @@ class StopSignals:
 
 # For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
 # SGD's default rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
-CITYSCAPES_DEFAULTS = {
+REAL_DEFAULTS = {
     "model": "resnet34",
     "pretrained": True,                 # ImageNet weights, if there are any for the model
     "epochs": 200,
@@ -615,8 +617,8 @@ def build_parser():
     p.add_argument("--lr", type=positive, metavar="RATE", help="peak learning rate (default: sgd "
                    "0.0015 x batch, for scenes 0.025 x batch; adamw 0.001)")
     p.add_argument("--encoder-lr", type=number_in(0, 1e3), metavar="FACTOR",
-                   help="factor on --lr for an encoder that starts from ImageNet weights or --init "
-                   "(default: sgd 0.5, adamw 0.1)")
+                   help="factor on --lr for an encoder (ConvUNeXt has none) that starts from "
+                   "ImageNet weights or --init (default: sgd 0.5, adamw 0.1)")
     p.add_argument("--weight-decay", type=number_in(0, 1e3), metavar="W",
                    help="(default: sgd 0.0005, adamw 0.01)")
     p.add_argument("--clip-grad", type=number_in(0, 1e9), default=0.0, metavar="NORM",
@@ -765,7 +767,7 @@ def main(argv=None):
     check_out(args)
     device = set_up_device(args)
     generated = prepare_data(args)
-    fill_defaults(args, SCENES_DEFAULTS if generated else CITYSCAPES_DEFAULTS)
+    fill_defaults(args, SCENES_DEFAULTS if generated else REAL_DEFAULTS)
     with StopSignals() as stop:
         run = Run(args, device, stop)
         say(describe(run))

@@ -128,8 +128,8 @@ class ConvNeXtBlock(nn.Module):
 
     N x C x H x W -> N x C x H x W. Depthwise: each channel has a filter of its own. `gamma` (layer
     scale) starts near 0, so that every block begins as the identity. In training, stochastic depth
-    (Huang et al. 2016, arXiv 1603.09382) skips the block for each image with probability
-    `drop_path`.
+    (Huang et al. 2016, arXiv 1603.09382; "drop path") skips the block for each image with
+    probability `drop_path`.
     """
 
     def __init__(self, channels, drop_path=0.0):
@@ -298,13 +298,13 @@ class GatedUp(nn.Module):
         self.linear1 = nn.Linear(channels, channels)
         self.linear2 = nn.Linear(channels, channels)
         self.conv1x1 = nn.Conv2d(2 * channels, out, 1)
-        self.conv = nn.Sequential(ConvUNeXtBlock(out))          # as in the published keys
+        self.conv = nn.Sequential(ConvUNeXtBlock(out))          # published keys: conv.0.*
 
     def forward(self, x, skip):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. Separate, so that in prediction f, i, g are freed before conv1x1."""
+        """[linear2(s'), z]. A method of its own, so that f, i, g are freed before conv1x1."""
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
         dx = skip.shape[-1] - z.shape[-1]
@@ -313,8 +313,8 @@ class GatedUp(nn.Module):
         z = z.permute(0, 2, 3, 1)                   # N x H' x W' x C
         s = skip.permute(0, 2, 3, 1)
         f, i, g = self.gate(z).chunk(3, dim=-1)
-        s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)      # s'
-        return torch.cat([self.linear2(s), z], dim=-1).permute(0, 3, 1, 2)
+        new_s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)
+        return torch.cat([self.linear2(new_s), z], dim=-1).permute(0, 3, 1, 2)
 
 
 class ConvUNeXt(nn.Module):
@@ -420,7 +420,7 @@ def load_imagenet(encoder, url):
     URL and torch.hub's folder if the weights cannot be loaded.
     """
     folder = f"{torch.hub.get_dir()}/checkpoints"
-    classifier = ("fc.", "norm.", "head.")          # not part of the encoder
+    classifier = ("fc.", "norm.", "head.")          # published layers that the encoder lacks
     if torch.hub.HASH_REGEX.search(url) is None:
         print(f"{url}: has no hash in its name, so the download is not verified", flush=True)
     try:
