@@ -2,7 +2,7 @@
 
     python train.py --loss ce                             # anywhere
     python train.py --data /data/cityscapes --model convnext_tiny --class-weights enet --copyblob
-    torchrun --nproc_per_node=4 train.py --data /data/cityscapes --batch 32     # on 4 GPUs
+    torchrun --standalone --nproc_per_node=4 train.py --data /data/cityscapes --batch 32    # 4 GPUs
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
