@@ -173,7 +173,7 @@ def summarize(matrix):
         return None if score.isnan() else score.item()
 
     iou, dice = metrics.iou(matrix), metrics.dice(matrix)
-    largest, partner = metrics.confusions(matrix).nan_to_num().max(dim=1)
+    largest, partner = metrics.confusion_shares(matrix).nan_to_num().max(dim=1)
     classes = {}
     for i, name in enumerate(NAMES):
         confused = None
@@ -235,6 +235,9 @@ def comparison(names, results):
     return "\n".join(lines)
 
 
+NEARLY_ALL = 0.95       # of the pixels: a warning is printed if more have one predicted class
+
+
 def predicted_shares(pixels):
     """Text: the predicted classes by their share of the pixels (int 19), largest first."""
     shares = pixels / max(1, pixels.sum())
@@ -243,7 +246,7 @@ def predicted_shares(pixels):
         if shares[i] > 0:
             parts.append(f"{NAMES[i]} {shares[i]:.1%}")
     text = "predicted: " + ", ".join(parts)
-    if shares.max() > 0.95:
+    if shares.max() > NEARLY_ALL:
         text += ("\nWARNING: nearly all pixels have one class; "
                  "are these pictures like those of the training?")
     return text
@@ -438,7 +441,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     title = f"{ckpt.path} on {args.split}, mIoU {format_score(result['miou'])}"
     confusion_picture(matrix, title).save(out / "confusion.png")
     print(class_table(result))
-    if pixels.max() > 0.95 * pixels.sum():
+    if pixels.max() > NEARLY_ALL * pixels.sum():
         print(predicted_shares(pixels))
     return result, pictured
 

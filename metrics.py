@@ -54,7 +54,7 @@ def dice(m):
     return 2 * m.diag().double() / (m.sum(0) + m.sum(1))
 
 
-def confusions(m):
+def confusion_shares(m):
     """The share of each class's union that is confused with each other class -> float64 C x C.
 
     Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union

@@ -485,8 +485,8 @@ def test_scores_equal_values_computed_by_hand():
     close(metrics.iou(m), [6 / 9, 3 / 10, 0, nan])      # class 2 is missed, class 3 is nowhere
     close(metrics.dice(m), [12 / 15, 6 / 13, 0, nan])
     close(metrics.iou(m).nanmean(), (6 / 9 + 3 / 10 + 0) / 3)
-    close(metrics.confusions(m)[:3], [[0, 3 / 9, 0, 0], [3 / 10, 0, 4 / 10, 0], [0, 1, 0, 0]])
-    close(metrics.confusions(m).sum(dim=1), 1 - metrics.iou(m))
+    close(metrics.confusion_shares(m)[:3], [[0, 3 / 9, 0, 0], [3 / 10, 0, 4 / 10, 0], [0, 1, 0, 0]])
+    close(metrics.confusion_shares(m).sum(dim=1), 1 - metrics.iou(m))
     predicted_never_true = torch.tensor([[5, 1], [0, 0]])
     close(metrics.iou(predicted_never_true), [5 / 6, 0])
     close(metrics.pixel_accuracy(torch.zeros(2, 2, dtype=torch.int64)), nan)
