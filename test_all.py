@@ -1804,6 +1804,9 @@ def test_broken_checkpoints_are_one_line():
         torch.save({**last, "settings": {**last["settings"], **change}}, path)
         status, line = command_line_of(train, "--resume", path)
         assert status == 2 and line.count("\n") == 1 and str(part) in line, line
+    with mock.patch("torch.load", side_effect=PermissionError(13, "Permission denied", "last.pt")):
+        status, line = command_line_of(train, "--resume", path)
+    assert status == 2 and "Permission denied: 'last.pt'" in line, line
     torch.save({**last, "num_frames": 7}, path)
     status, line = command_line_of(train, "--resume", path)
     assert status == 2 and "has 6 training frames" in line and "7" in line, line

@@ -238,7 +238,7 @@ class Run:
             dist.all_reduce(matrix)
         if matrix.sum() == 0:
             raise ValueError(f"{self.args.data}: the validation labels hold none of the classes; "
-                             "check these files")
+                             "check the files in gtFine/val")
         return summarize(matrix.cpu())
 
     def stop_if_asked(self, index, *frame):
@@ -392,7 +392,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     """
-    # The samples of data.Cityscapes use (seed, epoch, index) with index < num_frames: not this one.
+    # Samples draw from (seed, epoch, index), index < num_frames. So this order has its own stream.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -735,7 +735,7 @@ def fill_defaults(args, defaults):
     set_if_none("epochs", defaults["epochs"])
     set_if_none("batch", min(defaults["batch"], spec.batch))
     set_if_none("scale", defaults["scale"])
-    if args.crop is None:
+    if args.crop is None:                           # 512 x 1024, or the frame if it is smaller
         height, width = Cityscapes(args.data, "val")[0][1].shape
         args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
     set_if_none("optimizer", spec.optimizer)
