@@ -335,7 +335,7 @@ IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
 HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # a class is pasted if its mean share of the labeled pixels is below this
+RARE = 0.01             # a class is pasted if its share of a frame's labels is on average less
 ADDED = 3               # pixels to paste / pixels that the class has; see `paste_rates`
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 
@@ -401,8 +401,8 @@ def find_place(label, blob, rng):
     """Choose where the foot of a blob goes: (x, y) on its carrier, or None if there is no place.
 
     The scale is between 0.5 and 2. When a blob moves along the street, the distance of its foot
-    from the middle is multiplied by the scale. Of four random places on either side, `find_place`
-    takes the one whose distance fits best: what stood at the curb stays near the curb.
+    from the middle is multiplied by the scale. Of four random places, left or right of the middle,
+    `find_place` takes the one whose distance fits best: what stood at the curb stays near the curb.
     """
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.train_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
@@ -452,10 +452,10 @@ def copy_blob(image, label, blob, rng):
 def visible_part(mask, covered):
     """The part of a blob that nothing hides -> bool H x W.
 
-    mask: bool H x W, the pixels of the blob; covered: uint8 H x W, the train ids below them. People
-    stay in front of a blob. So do the things of IN_FRONT_IF_NEARER in the columns where one of
-    them covers the blob's lowest pixel: there it is taken to be nearer to the camera. As columns
-    are decided one by one, a thing may be cut at a column.
+    mask: bool H x W, the pixels of the blob; covered: uint8 H x W, the frame's train ids there.
+    People stay in front of a blob. So do the things of IN_FRONT_IF_NEARER in each column where the
+    blob's lowest pixel would land on one of them: that thing is taken to be nearer to the camera.
+    As columns are decided one by one, a thing may be cut at a column.
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)

@@ -79,8 +79,8 @@ def dice(logits, target, weights):
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
 
-    In Dice, a rare class counts as much as a frequent one. But where p of a class is near 0, so is
-    the gradient that Dice sends through the softmax; cross-entropy has its largest one there.
+    In Dice, a rare class counts as much as a frequent one. But where p of the true class is near
+    0, so is the gradient that Dice sends through the softmax; cross-entropy's is largest there.
     """
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 

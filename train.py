@@ -89,13 +89,13 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # a hash of integers never varies
+    torch.manual_seed(hash((seed, step, rank())))   # of integers: the same in every process
 
 
 def clip_gradients(run):
     """Scale the gradients so that their total norm is at most --clip-grad; 0 is off."""
     if run.args.clip_grad > 0:
-        run.scaler.unscale_(run.optimizer)          # so that the norm is of the true gradients
+        run.scaler.unscale_(run.optimizer)          # divides now; scaler.step will not again
         nn.utils.clip_grad_norm_(run.network.parameters(), run.args.clip_grad)
 
 
@@ -213,7 +213,7 @@ class Run:
                                      "are not finite; use --amp off or bf16, or lower --lr")
 
     def images_of(self, step):
-        """The image files of a step, of all ranks."""
+        """The image files of a step, of all ranks. Item k = epoch x number of frames + frame."""
         epoch, i = divmod(step, self.steps_per_epoch)
         batches = epoch_batches(epoch, len(self.train_set), self.args.batch, self.args.seed)
         return [str(self.train_set.images[k % len(self.train_set)]) for k in batches[i]]
@@ -227,7 +227,7 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         if world_size() > 1:
-            for buffer in self.model.buffers():     # BatchNorm's averages: rank 0's for all
+            for buffer in self.model.buffers():     # BatchNorm's averages; on CPUs ranks differ
                 dist.broadcast(buffer, 0)
         torch.backends.cudnn.benchmark = False      # frames may have many sizes
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
