@@ -151,7 +151,8 @@ class Cityscapes(torch.utils.data.Dataset):
     root, split: frames and labels are found as described at the top of this file
     crop: None: whole frames as they are; (h, w): random augmented crops of that size
     copyblob: strength of CopyBlob in [0, 1]; 0 is off, 1 pastes as often as `paste_rates` says
-    scale: (min, max), range of the random zoom before a crop
+    seed: of all random numbers
+    scale: (min, max), range of the random zoom of a crop, see `augment`
     pixels: the split's `class_pixels` for CopyBlob, if they are known already
 
     Item k = epoch * len + frame, so that a frame has new random numbers in each epoch. train.py
@@ -226,11 +227,19 @@ class Cityscapes(torch.utils.data.Dataset):
 
 
 def find_files(folder, ending):
-    """The files folder/<city>/<name><ending> -> dict {"<city>/<name>": path}, sorted."""
+    """The files folder/<city>/<name><ending> -> dict {"<city>/<name>": path}, sorted.
+
+    Raises PermissionError for a folder that cannot be read, which `glob` would leave out.
+    """
     files = {}
-    for path in sorted(folder.glob(f"*/*{ending}")):
-        if not path.name.startswith("."):           # macOS leaves "._<name>" files on other disks
-            files[f"{path.parent.name}/{path.name.removesuffix(ending)}"] = path
+    if not folder.is_dir():
+        return files
+    for city in sorted(folder.iterdir()):
+        if not city.is_dir():
+            continue
+        for path in sorted(city.iterdir()):         # macOS leaves "._<name>" files on other disks
+            if path.name.endswith(ending) and not path.name.startswith("."):
+                files[f"{city.name}/{path.name.removesuffix(ending)}"] = path
     return files
 
 
@@ -244,6 +253,9 @@ def place_window(length, crop, zoom, rng):
 
     A window that is shorter than the frame lies in it; a longer one contains it. -> (start, end,
     crop_start, crop_end): the part in the frame, in pixels of the frame and in pixels of the crop
+    Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
+        zoom 2:    the window has 300 pixels;  offset 450 -> (450, 750, 0, 600)
+        zoom 0.5:  the window has 1200 pixels; offset -150 -> (0, 1000, 75, 575), the rest is padded
     """
     window = crop / zoom
     if window <= length:
@@ -407,8 +419,8 @@ def find_place(label, blob, rng):
     carrier = TRAIN_ID[CARRIER[CLASSES[blob.train_id].name]]
     step = max(1, label.height // 128)              # every step-th pixel is enough
     ys, xs = step * np.array(np.nonzero(np.asarray(label)[::step, ::step] == carrier))
-    scales = scale_at(ys, label, blob)
-    fitting = np.flatnonzero((scales > 0.5) & (scales < 2))
+    scales = scale_at(ys, label, blob)              # one for each place (xs[i], ys[i])
+    fitting = np.flatnonzero((scales > 0.5) & (scales < 2))     # these are numbers i of places
     if len(fitting) == 0:
         return None
     four = rng.choice(fitting, 4)
@@ -454,8 +466,11 @@ def visible_part(mask, covered):
 
     mask: bool H x W, the pixels of the blob; covered: uint8 H x W, the frame's train ids there.
     People stay in front of a blob. So do the things of IN_FRONT_IF_NEARER in each column where the
-    blob's lowest pixel would land on one of them: that thing is taken to be nearer to the camera.
-    As columns are decided one by one, a thing may be cut at a column.
+    blob's lowest pixel would land on one of them: what hides the foot of an object stands between
+    it and the camera. As columns are decided one by one, a thing may be cut at a column.
+    Example: a bus covers four pixels of a column, from the top building, car, car, road. Its lowest
+    pixel lands on the road, so the bus is nearer than the car and hides it. For building, building,
+    car, car, the car stays in front.
     """
     people = np.isin(covered, ALWAYS_IN_FRONT)
     things = np.isin(covered, IN_FRONT_IF_NEARER)
@@ -624,8 +639,9 @@ def check_label(path, label, has_train_ids):
     if wrong:
         raise ValueError(f"{path}: has the values {wrong[:5]}, but ids are 0 ... {largest} or 255")
     if not has_train_ids and seem_train_ids(pixels):
-        raise ValueError(f"{path}: seems to hold train ids instead of label ids; "
-                         f"name such files *{TRAIN_IDS_END}")
+        raise ValueError(f"{path}: seems to hold train ids instead of label ids; name such files "
+                         f"*{TRAIN_IDS_END}, or, if they do hold label ids, remove this check "
+                         "from check_label in data.py")
 
 
 def seem_train_ids(pixels):
@@ -645,8 +661,8 @@ def seem_train_ids(pixels):
 
 # ----------------------------------------- generated scenes: a demonstration, safe to skip
 
-# Toy street scenes let `python train.py` run without Cityscapes. They share its files, its classes
-# and their imbalance. Nothing else depends on how they are drawn: a reader can stop here.
+# Toy street scenes let `python train.py` run without Cityscapes. They have its classes and its kinds
+# of files. Nothing else depends on how they are drawn: a reader can stop here.
 
 SCENES_MARK = "GENERATED.txt"           # the file that marks a folder as generated
 LABEL_ID = {"ego vehicle": 1, **{c.name: c.label_id for c in CLASSES}}

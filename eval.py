@@ -105,6 +105,7 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
 def load_checkpoint(path):
     """Read a best.pt or last.pt -> dict with at least "model" and "settings".
 
+    model: the weights; settings: the options of train.py. `Run.save_as` in train.py lists the rest.
     Only tensors and plain Python values are read, so that a file cannot run code. Raises
     FileNotFoundError, or ValueError for anything that is not a checkpoint of train.py.
     """
@@ -561,7 +562,8 @@ def main(argv=None):
 
     args.data = args.data or Path(find_data(ckpts[0].settings))
     dataset = Cityscapes(args.data, args.split)
-    check_unique(dataset.names, args.data)
+    if args.labels_out:
+        check_unique(dataset.names, args.data)
     print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
     results, pictures = [], []
     for name, ckpt in zip(names, ckpts):
@@ -604,12 +606,13 @@ def pick_device(name="auto"):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu") from error
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu, or under "
+                         "torchrun as many processes as there are GPUs") from error
     return device
 
 
 def pick_amp(name, device):
-    """The dtype for autocast: torch.bfloat16, torch.float16, or None for float32 throughout.
+    """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
 
     "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
     if it has matrix units for it (AMX). Raises ValueError for "bf16" if the device has none.
@@ -700,16 +703,18 @@ def advice(error):
 
     The checks of the input raise ValueError or OSError. `python -X dev` shows the traceback anyway.
     """
-    if isinstance(error, MemoryError) or re.search("(of|allocate|shared) memory", str(error)):
-        return ("out of memory: lower --workers (in a container, raise --shm-size); "
-                "for training, lower --batch or --crop, or choose a smaller --model")
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or re.search("(of|allocate) memory|killed by signal", text):
+        return ("out of memory: lower --workers (in a container, raise --shm-size); for training, "
+                "lower --batch or --crop, or choose a smaller --model; for evaluation, try "
+                f"--amp bf16 without --tta. {text[:250]}").strip()
     if isinstance(error, (OSError, ValueError, FloatingPointError)):
         message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
         return re.sub(r"^\w+Error: ", "", message)
     return None
 
 
-# ------------------------------------------------------------------ signals and data workers
+# --------------------------------------------------- signals and data workers, skip at first
 
 # Ctrl-C, the end of a terminal or ssh session, and what schedulers send. Windows has only two.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")

@@ -1,6 +1,6 @@
 """Losses for semantic segmentation: cross-entropy, Dice, focal, and cross-entropy + Dice.
 
-Every loss takes logits and labels and gives one number, by the same rules:
+Every loss of `build_loss` takes logits and labels and gives one number, by the same rules:
 - A pixel labeled 255 is ignored exactly: its logits change neither the loss nor any gradient.
 - Everything is computed in float32. Autocast, with which train.py may run the network in 16 bits,
   is off here: a float16 sum over a crop overflows.

@@ -369,7 +369,7 @@ def example():
 
 
 def loop_losses(logits, target, w):
-    """Cross-entropy, focal and Dice loss from their formulas, pixel by pixel."""
+    """Each loss from its formula, pixel by pixel -> dict by the names of losses.LOSSES."""
     softmax = logits.double().softmax(dim=1).permute(0, 2, 3, 1).reshape(-1, 4).numpy()
     ce, focal, weights = 0.0, 0.0, 0.0
     overlap, size = np.zeros(4), np.zeros(4)
@@ -382,21 +382,20 @@ def loop_losses(logits, target, w):
             size += p
             size[t] += 1
     score = 2 * overlap[:3] / size[:3]                  # class 3 is absent, so it is left out
-    return ce / weights, focal / weights, 1 - (w[:3] * score).sum() / w[:3].sum()
+    ce, focal, dice = ce / weights, focal / weights, 1 - (w[:3] * score).sum() / w[:3].sum()
+    return {"ce": ce, "focal": focal, "dice": dice, "ce+dice": ce + dice}
 
 
 def test_losses_equal_their_formulas_with_and_without_class_weights():
     logits, target = example()
     for class_weights in None, torch.tensor([1.0, 3.0, 0.2, 7.0]):
         w = torch.ones(4) if class_weights is None else class_weights
-        ce, focal, dice = loop_losses(logits, target, w.numpy())
-        close(losses.build_loss("ce", class_weights)(logits, target), ce)
-        close(losses.build_loss("focal", class_weights)(logits, target), focal)
-        close(losses.build_loss("dice", class_weights)(logits, target), dice)
-        close(losses.build_loss("ce+dice", class_weights)(logits, target), ce + dice)
-        close(F.cross_entropy(logits, target, w, ignore_index=255), ce)
-        close(losses.focal(logits, target, w, gamma=0.0), ce)
-    assert sorted(losses.LOSSES) == ["ce", "ce+dice", "dice", "focal"], "add the new loss here"
+        expected = loop_losses(logits, target, w.numpy())
+        for name in losses.LOSSES:
+            close(losses.build_loss(name, class_weights)(logits, target), expected[name])
+        close(F.cross_entropy(logits, target, w, ignore_index=255), expected["ce"])
+        close(losses.focal(logits, target, w, gamma=0.0), expected["ce"])
+    assert {"ce", "dice", "focal", "ce+dice"} <= set(losses.LOSSES)
 
 
 def test_losses_ignore_pixels_of_255():
@@ -603,6 +602,13 @@ def test_missing_and_unpaired_files_are_named():
     bad_frame(root, FileNotFoundError, "ulm_000000_000001", "ulm_000000_000002")
     shutil.rmtree(root / "gtFine")
     bad_frame(root, FileNotFoundError, "1 of 1 train frames have no label")
+
+
+def test_folders_that_may_not_be_read_are_an_error():
+    root, image, label = good_tree("unreadable")
+    denied = PermissionError(13, "Permission denied", str(image.parent))
+    with mock.patch.object(Path, "iterdir", side_effect=denied):
+        bad_frame(root, PermissionError, image.parent)
 
 
 def test_broken_files_are_named():
@@ -1464,6 +1470,37 @@ def test_best_is_the_best_epoch():
     assert not torch.equal(best["model"]["head.weight"], last["model"]["head.weight"])
 
 
+def test_a_run_resumed_from_last_pt_alone_writes_a_new_best():
+    """Here the best epoch, the first, was lost: the second becomes the best."""
+    scores = iter((0.5, 0.3))
+
+    def summarize(matrix):
+        return {**evaluation.summarize(matrix), "miou": next(scores)}
+
+    out = FOLDER / "last-alone"
+    with mock.patch("train.summarize", summarize):
+        tiny_run(out, "--epochs", "1")
+        (out / "best.pt").unlink()
+        assert "best validation" not in tiny_resume(out)        # nothing is left to train
+        assert "best validation mIoU 0.300" in tiny_resume(out, "--epochs", "2")
+    assert load(out, "best.pt")["epoch"] == 2
+
+
+def test_a_checkpoint_has_only_the_miou_of_its_own_weights():
+    run = ready_run()
+    run.log, run.epoch, run.step = [{"miou": 0.5}], 1, 3
+    for step, expected in (3, 0.5), (4, None):      # after the validation, in the next epoch
+        run.step = step
+        run.save()
+        assert load(run.out)["miou"] == expected
+
+
+def test_training_labels_without_any_class_are_an_error():
+    run = ready_run()
+    run.step = run.steps_per_epoch                  # all losses were 0
+    assert "gtFine/train" in raises(ValueError, run.end_epoch, None)
+
+
 def test_an_epoch_is_written_before_it_is_printed():
     """If standard output is gone, for example a closed pipe, the epoch's results are kept."""
     out = FOLDER / "no-output"
@@ -1618,14 +1655,15 @@ def test_resume_after_a_signal_in_a_step_is_exact():
 def test_resume_after_a_signal_in_validation_is_exact():
     """Only every second epoch is validated, so that the signal comes after the sixth step."""
     whole, out = FOLDER / "whole-2", FOLDER / "validation"
-    tiny_run(whole, "--val-every", "2")
+    options = "--val-every", "2", "--optimizer", "adamw"
+    tiny_run(whole, *options)
 
     def evaluate(*args, **options):
         signal.raise_signal(signal.SIGTERM)
         return evaluation.evaluate(*args, **options)
 
     with mock.patch("train.evaluate", evaluate):
-        raises(SystemExit, tiny_run, out, "--val-every", "2")
+        raises(SystemExit, tiny_run, out, *options)
     assert load(out)["step"] == 6 and load(out)["epoch"] == 1
     tiny_resume(out)
     assert_same_run(whole, out)
@@ -2086,12 +2124,12 @@ def test_command_line_explains_errors():
     def ending(error):
         return command_line_of(mock.Mock(__file__="x.py", main=mock.Mock(side_effect=error)))
 
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+    for error in (torch.OutOfMemoryError("CUDA out of memory. GPU 3\n is full"), MemoryError(),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is "
-                               "possible that dataloader's workers are out of shared memory.")):
+                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")):
         status, line = ending(error)
         assert status == 2 and "--workers" in line and "--batch" in line
+        assert line.endswith(f" {' '.join(str(error).split())}\n") or not str(error), line
     in_a_worker = ValueError("Traceback ...\nOSError: x.png is broken")
     assert ending(in_a_worker) == (2, "x.py: error: x.png is broken\n")
     assert ending(KeyboardInterrupt()) == (130, "")
@@ -2152,6 +2190,21 @@ def test_tta_undoes_its_flips():
     model = torch.nn.Conv2d(3, 19, 1)
     plain = evaluation.predict(model, images)
     assert (evaluation.predict(model, images, tta=True) == plain).float().mean() > 0.8
+
+
+def test_tta_averages_probabilities():
+    """One pass is sure of class 0, then three prefer class 1 and two class 2."""
+    logits = torch.zeros(6, 1, 19, 1, 1)
+    logits[0, :, 0] = 20                            # the sum of the logits would give class 0
+    logits[1:4, :, 1] = 3
+    logits[4:, :, 2] = 3                            # the last passes alone would give class 2
+    passes = iter(logits)
+
+    def model(x):
+        return next(passes).expand(1, 19, *x.shape[-2:])
+
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert (evaluation.predict(model, images, tta=True) == 1).all()
 
 
 def test_tta_sees_three_scales_and_their_flips():
@@ -2239,11 +2292,15 @@ def test_splits_with_and_without_labels():
         shutil.rmtree(root / "gtFine", ignore_errors=True)
 
 
-def test_frames_of_one_name_in_two_cities_are_refused():
+def test_frames_of_one_name_in_two_cities_are_scored_but_their_labels_not_written():
     label, best = np.full((8, 8), 7, np.uint8), checkpoint() / "best.pt"
     for city in "ulm", "bonn":
         root = write_tree(FOLDER / "cities", label, split="val", city=city)
-    assert "ulm_000000_000001" in raises(ValueError, run_eval, "--ckpt", best, "--data", root)
+    options = "--ckpt", best, "--data", root, "--out", FOLDER / "two-cities"
+    result, = run_eval(*options)
+    assert result["images"] == 2
+    message = raises(ValueError, run_eval, *options, "--labels-out", FOLDER / "two-cities")
+    assert "ulm_000000_000001" in message
 
 
 def test_moved_data_is_found():

@@ -89,7 +89,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # of integers: the same in every process
+    torch.manual_seed(hash((seed, step, rank())))   # hashes of integers never change
 
 
 def clip_gradients(run):
@@ -253,6 +253,9 @@ class Run:
 
     def end_epoch(self, scores):
         """Log the epoch, and keep its weights if they are the best so far."""
+        if self.epoch == 0 and self.loss_sum == 0:
+            raise ValueError(f"{self.args.data}: the training labels hold none of the classes; "
+                             "check the files in gtFine/train")
         last_step = self.step - 1
         row = {"epoch": self.epoch + 1,
                "loss": self.loss_sum / self.steps_per_epoch,
@@ -316,9 +319,11 @@ class Run:
         """Write a checkpoint: the weights, all that eval.py needs, and what is passed as `more`."""
         if rank() != 0:
             return
+        miou = None                                 # of these weights, if they were validated
+        if self.log and self.step == self.epoch * self.steps_per_epoch:
+            miou = self.log[-1]["miou"]
         checkpoint = {"model": self.model.state_dict(), "settings": settings_of(self.args),
-                      "epoch": self.epoch, "miou": self.log[-1]["miou"] if self.log else None,
-                      "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
+                      "epoch": self.epoch, "miou": miou, "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
                       "log": self.log, "made_by": self.args.made_by}
         buffer = io.BytesIO()
         torch.save(checkpoint | more, buffer)
@@ -344,6 +349,8 @@ class Run:
             self.scaler.load_state_dict(last["scaler"])
         for name in STATE:
             setattr(self, name, last[name])
+        if not (self.out / "best.pt").exists():     # only last.pt was copied: write a new best.pt
+            self.best_miou = -1.0
         if self.step > self.args.epochs * self.steps_per_epoch:
             raise ValueError(f"--epochs {self.args.epochs}: the run has trained {self.step} steps, "
                              f"which are more than {self.args.epochs} epochs")
@@ -391,6 +398,8 @@ def epoch_batches(epoch, num_frames, batch, seed):
     """The items (see data.Cityscapes) of each step of an epoch -> list of lists of ints.
 
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
+    Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
+    epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers.
     """
     # Samples draw from (seed, epoch, index), index < num_frames. So this order has its own stream.
     rng = np.random.default_rng((seed, epoch, num_frames))
@@ -451,14 +460,14 @@ def wrap_network(model, args):
 
 
 def build_optimizer(model, args):
-    """SGD or AdamW. Each group has a `factor` on the rate. Biases and norms have no decay."""
+    """SGD or AdamW. Each group has a `factor` on the rate. 1-D parameters have no decay."""
     has_trained_encoder = args.pretrained or args.init
     groups = {}
     for name, parameter in model.named_parameters():
         factor, decay = 1.0, 0.0
         if has_trained_encoder and name.startswith("encoder."):
             factor = args.encoder_lr
-        if parameter.ndim > 1:                      # biases and norms are 1-D
+        if parameter.ndim > 1:                      # biases, norms, ConvNeXt's gamma are 1-D
             decay = args.weight_decay
         groups.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
@@ -474,7 +483,7 @@ def build_optimizer(model, args):
     return optimizer
 
 
-# ------------------------------------------------------------------- processes and signals
+# --------------------------------------------------- processes and signals, skip at first
 
 
 def set_up_device(args):
@@ -722,7 +731,11 @@ def prepare_data(args):
 
 
 def fill_defaults(args, defaults):
-    """Give every option that was not set its default; `defaults`: one of the tables above."""
+    """Give every option that was not set its default.
+
+    defaults: SCENES_DEFAULTS or REAL_DEFAULTS. What depends on the model is in unet.SPECS, what
+    depends on the optimizer in OPTIMIZER_DEFAULTS; SGD's rate depends on the batch.
+    """
     def set_if_none(name, value):
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -774,8 +787,9 @@ def main(argv=None):
         try:
             train(run)
             status = 0
-            say(f"best validation mIoU {run.best_miou:.3f}; "
-                f"now: python eval.py --ckpt {run.out / 'best.pt'}")
+            if run.best_miou >= 0:                  # else nothing was left to train
+                say(f"best validation mIoU {run.best_miou:.3f}; "
+                    f"now: python eval.py --ckpt {run.out / 'best.pt'}")
         except Stopped:
             status = 128 + (stop.number or signal.SIGTERM)      # if another rank got the signal
             program = "python" if world_size() == 1 else "torchrun ..."

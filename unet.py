@@ -196,21 +196,27 @@ class ConvNeXt(nn.Module):
 class Up(nn.Module):
     """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
 
-    A U-Net upsamples the coarse map, concatenates the skip, and convolves. Here a 1x1 convolution
-    of the concatenation, BatchNorm and ReLU are followed by a residual block of two 3x3
-    convolutions. The 1x1 convolution of a concatenation is the sum of two, A for x and B for s.
-    And A, which mixes channels, can change places with upsampling, which mixes pixels:
+    A U-Net upsamples the coarse map, concatenates the skip, and convolves:
 
-        conv1x1([upsample(x), s]) = A upsample(x) + B s = upsample(A x) + B s
+        y = conv1x1(concatenate(upsample(x), s))
+        y = relu(norm(y))
+        y = block(y)                                a residual block of two 3x3 convolutions
 
-    So nothing is concatenated, and A x is computed on the coarse map, which has a quarter of the
-    pixels. Upsampling is by nearest neighbor, the cheapest; the 3x3 convolutions smooth its blocks.
+    `forward` computes the same without a concatenation. The 1x1 convolution of two maps is the sum
+    of two 1x1 convolutions, `coarse` of x and `fine` of s. `coarse` mixes channels and upsampling
+    copies pixels, so their order does not matter:
+
+        conv1x1(concatenate(upsample(x), s)) = coarse(upsample(x)) + fine(s)
+                                             = upsample(coarse(x)) + fine(s)
+
+    The last form is the cheapest: `coarse` sees the small map. Upsampling is by nearest neighbor;
+    the 3x3 convolutions smooth its blocks.
     """
 
     def __init__(self, channels, skip_channels, out):
         super().__init__()
-        self.coarse = nn.Conv2d(channels, out, 1, bias=False)           # A
-        self.fine = nn.Conv2d(skip_channels, out, 1, bias=False)        # B
+        self.coarse = nn.Conv2d(channels, out, 1, bias=False)
+        self.fine = nn.Conv2d(skip_channels, out, 1, bias=False)
         self.norm = nn.BatchNorm2d(out)
         self.block = BasicBlock(out, out)
 
