@@ -91,7 +91,8 @@ def normalize(images):
 def mean_and_std(device):
     """MEAN and STD for values in [0, 255], each 1 x 3 x 1 x 1.
 
-    They are kept on the device: a copy to a GPU in each step makes the CPU wait for the GPU.
+    They are kept on the device. PyTorch queues work for a GPU and goes on; a copy in each step
+    would make it wait until the queue is empty.
     """
     return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)]
 
@@ -251,8 +252,9 @@ JITTER = 0.25                   # brightness, contrast, saturation: each factor 
 def place_window(length, crop, zoom, rng):
     """Place a window of crop / zoom pixels at random on one axis of a frame of `length` pixels.
 
-    A window that is shorter than the frame lies in it; a longer one contains it. -> (start, end,
-    crop_start, crop_end): the part in the frame, in pixels of the frame and in pixels of the crop
+    A window that is shorter than the frame lies in it; a longer one contains it.
+    -> start, end: the part of the window inside the frame, in pixels of the frame;
+       crop_start, crop_end: where this part goes in the crop, in pixels of the crop
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450 -> (450, 750, 0, 600)
         zoom 0.5:  the window has 1200 pixels; offset -150 -> (0, 1000, 75, 575), the rest is padded
@@ -324,13 +326,13 @@ def jitter(image, rng):
 # cuts a blob, the pixels of such a class in a range of columns of one frame, moves it along the
 # street, and pastes it into another frame (assets/copyblob.png):
 #
-#     horizon ---------------------------------- V        V: the vanishing point of the street,
-#                                              / |           taken to be in the middle
-#                              +-----+       /   |
-#                              |     |     /     | drop
-#                              |blob |   /       |
-#                              +---x---/---------+        x: the foot, the blob's lowest point
-#                                  |<--- side -->|
+#     horizon ------------------------- V        V: the vanishing point of the street,
+#                                     / |           taken to be in the middle
+#                        +------+   /   |
+#                        |      | /     | drop
+#                        | blob /       |        /: the path of the foot along the street
+#                        +----x---------+        x: the foot, the blob's lowest point
+#                             |<- side->|
 #
 # A bus with its foot 100 rows below the horizon and 60 columns beside V, for example, is half as
 # large when it has driven away to 50 rows below the horizon, 30 columns beside V. In general, on a
@@ -343,11 +345,11 @@ CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "roa
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
-    "bicycle")] + [IGNORE]              # IGNORE: the car's own hood, for example
+    "bicycle")] + [IGNORE]              # IGNORE: the hood of the recording car
 HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it
-RARE = 0.01             # a class is pasted if its share of a frame's labels is on average less
+RARE = 0.01             # a class is pasted only if its mean share of a frame's labels is below this
 ADDED = 3               # pixels to paste / pixels that the class has; see `paste_rates`
 Blob = namedtuple("Blob", "train_id image mask foot_column side drop area")
 
@@ -476,8 +478,8 @@ def visible_part(mask, covered):
     things = np.isin(covered, IN_FRONT_IF_NEARER)
     # For each column, the lowest row of the mask; where the column has none, the last row.
     lowest_row = len(mask) - 1 - np.argmax(mask[::-1], axis=0)
-    column_is_nearer = things[lowest_row, np.arange(mask.shape[1])]
-    return mask & ~people & ~(things & column_is_nearer)
+    thing_is_nearer = things[lowest_row, np.arange(mask.shape[1])]      # for each column
+    return mask & ~people & ~(things & thing_is_nearer)
 
 
 def frame_shares(pixels):
@@ -489,10 +491,8 @@ def collect_blobs(dataset, shares, most=64):
     """Cut the blobs to paste, from up to `most` frames for each rare class -> {train id: [Blob]}.
 
     They are cut once and kept in memory, as reading a second frame for each sample would double
-    its cost. A blob takes 5 bytes per pixel of its box (in Pillow 4 for RGB and 1 for the mask);
-    those of Cityscapes should take about 200 MiB. Frames are sampled in proportion to what they
-    show of the class. The result depends only on the frames and dataset.seed. Prints a line if
-    there is nothing to paste.
+    its cost. Frames are sampled in proportion to what they show of the class. The result depends
+    only on the frames and dataset.seed. Prints a line if there is nothing to paste.
     shares: from `frame_shares`
     """
     def cut(index, train_id, rng):
@@ -661,7 +661,7 @@ def seem_train_ids(pixels):
 
 # ----------------------------------------- generated scenes: a demonstration, safe to skip
 
-# Toy street scenes let `python train.py` run without Cityscapes. They have its classes and its kinds
+# Toy street scenes let `python train.py` run without Cityscapes. They have its classes and its kind
 # of files. Nothing else depends on how they are drawn: a reader can stop here.
 
 SCENES_MARK = "GENERATED.txt"           # the file that marks a folder as generated

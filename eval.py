@@ -87,8 +87,8 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
 
     A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
-    number, because the network was scored at that size. This also limits the memory. The labels
-    are then enlarged to the size of the photo.
+    number, because the network was scored at that size. This also limits the memory. The
+    prediction is then enlarged to the size of the photo.
     """
     limit = frame_size[0] * frame_size[1]
     zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))

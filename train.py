@@ -8,7 +8,7 @@
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it. Every random number is
 derived from the seed and the position of the run, so a run that was stopped and resumed ends like
-one that was not (on a GPU up to rounding).
+one that was not (on a GPU, or with more than two processes, up to rounding).
 """
 import argparse
 import contextlib
@@ -89,7 +89,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # hashes of integers never change
+    torch.manual_seed(hash((seed, step, rank())))   # Python randomizes only hashes of strings
 
 
 def clip_gradients(run):
@@ -227,7 +227,7 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         if world_size() > 1:
-            for buffer in self.model.buffers():     # BatchNorm's averages; on CPUs ranks differ
+            for buffer in self.model.buffers():     # BatchNorm's averages: on CPUs each rank's own
                 dist.broadcast(buffer, 0)
         torch.backends.cudnn.benchmark = False      # frames may have many sizes
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
@@ -319,12 +319,13 @@ class Run:
         """Write a checkpoint: the weights, all that eval.py needs, and what is passed as `more`."""
         if rank() != 0:
             return
-        miou = None                                 # of these weights, if they were validated
+        miou = None                                 # known after end_epoch, if it was validated
         if self.log and self.step == self.epoch * self.steps_per_epoch:
             miou = self.log[-1]["miou"]
         checkpoint = {"model": self.model.state_dict(), "settings": settings_of(self.args),
-                      "epoch": self.epoch, "miou": miou, "frame_size": self.frame_size, "label_to_train": LABEL_TO_TRAIN.tolist(),
-                      "log": self.log, "made_by": self.args.made_by}
+                      "epoch": self.epoch, "miou": miou, "log": self.log,
+                      "frame_size": self.frame_size, "made_by": self.args.made_by,
+                      "label_to_train": LABEL_TO_TRAIN.tolist()}
         buffer = io.BytesIO()
         torch.save(checkpoint | more, buffer)
         write(buffer.getbuffer(), self.out / name)
@@ -401,7 +402,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers.
     """
-    # Samples draw from (seed, epoch, index), index < num_frames. So this order has its own stream.
+    # Samples draw from (seed, epoch, index) with index < num_frames: never from this seed.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -446,6 +447,8 @@ def build_network(args):
 def wrap_network(model, args):
     """What a step calls: the model, with DistributedDataParallel under torchrun, compiled if asked.
 
+    Under torchrun, each rank has a copy of the network and its own frames. DistributedDataParallel
+    averages the gradients over the ranks in backward(), so all ranks take the same step.
     On several GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for
     CPUs; there each rank normalizes its own frames.
     """
@@ -483,7 +486,12 @@ def build_optimizer(model, args):
     return optimizer
 
 
-# --------------------------------------------------- processes and signals, skip at first
+# ------------------------------------------------------------------------ several processes
+
+# With one process, the functions below do nothing special. The operations of torch.distributed:
+#     all_reduce      the sum or maximum over all ranks, in place
+#     broadcast       a copy of rank 0's value
+#     barrier         wait until all ranks are here
 
 
 def set_up_device(args):
@@ -531,6 +539,9 @@ def on_any_rank(condition):
     value = torch.tensor(float(condition))          # on the CPU: does not wait for the GPU
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item() > 0
+
+
+# -------------------------------------------------------------------- signals, skip at first
 
 
 class StopSignals:

@@ -12,7 +12,8 @@ still knows where things are.
     logits <──── Up <───────── Up <──────── Up <───────── Up <─────────┘           decoder
 
 (ConvNeXt has no map of stride 2, so there are three Ups. ConvUNeXt has strides 1 to 16.) A last
-1x1 convolution turns the finest map into logits, which are upsampled to the size of the image.
+1x1 convolution turns the finest map into logits. They are upsampled to the size of the image
+unless they have it.
 
 Encoders: ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
 2201.03545), whose published ImageNet weights fit. ConvUNeXt (Han et al. 2022,
@@ -283,7 +284,7 @@ class ConvUNeXtBlock(nn.Module):
 
 
 class GatedUp(nn.Module):
-    """One decoder step of ConvUNeXt, with a gate on the skip that resembles an LSTM's.
+    """One decoder step of ConvUNeXt: a gate, like an LSTM's, decides what is kept of the skip.
 
     x, N x C x H x W, and skip s, N x C x H' x W' (about 2H x 2W; both have C channels)
     -> y, N x out x H' x W'
@@ -293,8 +294,9 @@ class GatedUp(nn.Module):
         s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
         y       = conv(conv1x1([linear2(s'), z]))
 
-    The coarse map z (through f) and the skip decide how much of the skip is kept. z alone decides
-    what is added to it (g), and where (i).
+    gate, linear1 and linear2 act on each pixel by itself. A sigmoid gives factors from 0 (drop) to
+    1 (keep). The coarse map z (through f) and the skip decide how much of the skip is kept. z alone
+    decides what is added to it (g), and where (i).
     """
 
     def __init__(self, channels, out):
