@@ -704,7 +704,8 @@ def advice(error):
     The checks of the input raise ValueError or OSError. `python -X dev` shows the traceback anyway.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or re.search("(of|allocate) memory|killed by signal", text):
+    memory = "(of|allocate|shared) memory|killed by signal: (Killed|Bus)"      # Killed: by Linux
+    if isinstance(error, MemoryError) or re.search(memory, text):
         return ("out of memory: lower --workers (in a container, raise --shm-size); for training, "
                 "lower --batch or --crop, or choose a smaller --model; for evaluation, try "
                 f"--amp bf16 without --tta. {text[:250]}").strip()

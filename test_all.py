@@ -2216,14 +2216,18 @@ def test_command_line_explains_errors():
 
     for error in (torch.OutOfMemoryError("CUDA out of memory. GPU 3\n is full"), MemoryError(),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")):
+                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+                  RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"),
+                  RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is "
+                               "possible that dataloader's workers are out of shared memory.")):
         status, line = ending(error)
         assert status == 2 and "--workers" in line and "--batch" in line
         assert line.endswith(f" {' '.join(str(error).split())}\n") or not str(error), line
     in_a_worker = ValueError("Traceback ...\nOSError: x.png is broken")
     assert ending(in_a_worker) == (2, "x.py: error: x.png is broken\n")
     assert ending(KeyboardInterrupt()) == (130, "")
-    for bug in KeyError("bug"), RuntimeError("bug"):
+    crashed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ")
+    for bug in KeyError("bug"), RuntimeError("bug"), crashed:
         raises(type(bug), evaluation.command_line, mock.Mock(side_effect=bug))
     with mock.patch("sys.flags", mock.Mock(dev_mode=True)):         # python -X dev
         raises(ValueError, evaluation.command_line, mock.Mock(side_effect=ValueError("input")))

@@ -227,7 +227,8 @@ class Run:
         if (self.epoch + 1) % self.args.val_every != 0 and not last:
             return None
         if world_size() > 1:
-            for buffer in self.model.buffers():     # BatchNorm's averages: on CPUs each rank's own
+            # On CPUs, each rank has BatchNorm's averages of its own frames: use those of rank 0.
+            for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         torch.backends.cudnn.benchmark = False      # frames may have many sizes
         share = range(rank(), len(self.val_set), world_size())      # this rank's frames
@@ -252,7 +253,10 @@ class Run:
             raise Stopped
 
     def end_epoch(self, scores):
-        """Log the epoch, and keep its weights if they are the best so far."""
+        """Log the epoch, and keep its weights if they are the best so far.
+
+        Raises ValueError if all losses of the first epoch were 0: then no pixel had a class.
+        """
         if self.epoch == 0 and self.loss_sum == 0:
             raise ValueError(f"{self.args.data}: the training labels hold none of the classes; "
                              "check the files in gtFine/train")
@@ -488,7 +492,8 @@ def build_optimizer(model, args):
 
 # ------------------------------------------------------------------------ several processes
 
-# With one process, the functions below do nothing special. The operations of torch.distributed:
+# With one process, from_rank_0 and on_any_rank return their argument's value, and world_size is 1.
+# The operations of torch.distributed:
 #     all_reduce      the sum or maximum over all ranks, in place
 #     broadcast       a copy of rank 0's value
 #     barrier         wait until all ranks are here
@@ -798,7 +803,7 @@ def main(argv=None):
         try:
             train(run)
             status = 0
-            if run.best_miou >= 0:                  # else nothing was left to train
+            if run.best_miou >= 0:                  # -1: best.pt is missing, see Run.restore
                 say(f"best validation mIoU {run.best_miou:.3f}; "
                     f"now: python eval.py --ckpt {run.out / 'best.pt'}")
         except Stopped:
