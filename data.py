@@ -345,7 +345,7 @@ CARRIER = {"wall": "sidewalk", "fence": "sidewalk", "bus": "road", "train": "roa
 ALWAYS_IN_FRONT = [TRAIN_ID["person"], TRAIN_ID["rider"]]
 IN_FRONT_IF_NEARER = [TRAIN_ID[name] for name in (
     "pole", "traffic light", "traffic sign", "car", "truck", "bus", "train", "motorcycle",
-    "bicycle")] + [IGNORE]              # IGNORE: the hood of the recording car
+    "bicycle")] + [IGNORE]              # IGNORE: for example the recording car
 HORIZON = 0.42          # row of the horizon / height of the frame, in Cityscapes
 LEAST_SHARE = 0.005     # of a frame; smaller pieces are not cut
 WIDEST_GAP = 0.03       # of the width: people and poles in front of a wall do not split it

@@ -89,7 +89,7 @@ def train(run):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(hash((seed, step, rank())))   # Python randomizes only hashes of strings
+    torch.manual_seed(hash((seed, step, rank())))   # integers have fixed hashes, unlike strings
 
 
 def clip_gradients(run):
@@ -102,7 +102,7 @@ def clip_gradients(run):
 # ------------------------------------------------------------------------------------ the run
 
 
-CHECK_EVERY = 10        # steps: reading a loss makes the CPU wait for the GPU
+CHECK_EVERY = 10        # steps between checks of the losses: reading one waits for the GPU
 STATE = "epoch", "step", "loss_sum", "seconds", "best_miou", "log"      # attributes of a Run
 
 
@@ -492,7 +492,8 @@ def build_optimizer(model, args):
 
 # ------------------------------------------------------------------------ several processes
 
-# With one process, from_rank_0 and on_any_rank return their argument's value, and world_size is 1.
+# With one process, from_rank_0(function) is function(), on_any_rank(condition) is condition, and
+# world_size() is 1.
 # The operations of torch.distributed:
 #     all_reduce      the sum or maximum over all ranks, in place
 #     broadcast       a copy of rank 0's value
