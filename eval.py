@@ -1,589 +1,39 @@
 """Score a checkpoint, list its worst classes, and draw what it predicts.
 
     python eval.py --ckpt best.pt                         # table, metrics.json, pictures in eval/
-    python eval.py --ckpt ce/best.pt dice/best.pt         # several checkpoints, side by side
+    python eval.py --ckpt runs/ce runs/dice               # several checkpoints, side by side
     python eval.py --ckpt best.pt --tta                   # test-time augmentation
     python eval.py --ckpt best.pt --images FOLDER         # any photos: color maps and overlays
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split.
+the whole split. Sizes are height x width.
 """
 import argparse
-import atexit
+import csv
+import errno
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import time
-from collections import namedtuple
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import metrics
-from data import (CLASSES, IGNORE, LABEL_TO_TRAIN, TRAIN_TO_LABEL, Cityscapes, normalize,
-                  read_image)
+from data import CLASSES, IGNORE, TRAIN_TO_LABEL, Cityscapes, make_loader, normalize, read_image
 from unet import SPECS, build_model
 
 NAMES = [c.name for c in CLASSES]
 
-# ----------------------------------------------------------------------- prediction and scoring
+# -------------------------------------------------------------------------- device and precision
 
-TTA_SCALES = (0.75, 1.0, 1.25)
-
-
-@torch.no_grad()
-def predict(model, images, dtype=None, tta=False):
-    """uint8 N x 3 x H x W on the model's device -> train ids, uint8 N x H x W.
-
-    tta: average the class probabilities over TTA_SCALES, each with and without a flip.
-    """
-    x = normalize(images)
-    if not tta:
-        with autocast(x.device, dtype):
-            return model(x).argmax(dim=1).byte()
-    total = 0
-    for scale in TTA_SCALES:
-        size = [max(1, round(scale * side)) for side in x.shape[-2:]]
-        scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
-        total = total + probabilities(model, scaled, x.shape[-2:], dtype)
-        total = total + probabilities(model, scaled.flip(3), x.shape[-2:], dtype).flip(3)
-    return total.argmax(dim=1).byte()
-
-
-def probabilities(model, x, size, dtype):
-    """Class probabilities for x, N x 3 x H x W: softmax of the resized logits -> N x 19 x size."""
-    with autocast(x.device, dtype):
-        logits = model(x)
-    return F.interpolate(logits, size, mode="bilinear").softmax(dim=1)
-
-
-def evaluate(model, dataset, device, dtype=None, tta=False, workers=0, visit=None):
-    """Score a model on whole frames -> confusion matrix, int64 19 x 19, on `device`.
-
-    Frames are processed one at a time, so that they may differ in size.
-    visit: called as visit(index, image, label, prediction) with the uint8 tensors of each frame
-    """
-    model.eval()
-    matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
-    loader = make_loader(dataset, workers, batch_size=1)
-    for index, (images, labels) in enumerate(progress(loader, "evaluating")):
-        predictions = predict(model, images.to(device), dtype, tta)
-        matrix += metrics.confusion_matrix(predictions, labels.to(device), len(CLASSES))
-        if visit is not None:
-            visit(index, images[0], labels[0], predictions[0].cpu())
-    return matrix
-
-
-def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
-    """RGB Pillow image of any size -> train ids as a Pillow image (mode L) of that size.
-
-    A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
-    number, because the network was scored at that size. This also limits the memory. The
-    prediction is then enlarged to the size of the photo.
-    """
-    limit = frame_size[0] * frame_size[1]
-    zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
-    size = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
-    pixels = np.array(photo.resize(size, Image.BILINEAR))       # averages where it reduces
-    images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
-    ids = predict(model, images.to(device), dtype, tta)[0].cpu().numpy()
-    return Image.fromarray(ids).resize(photo.size, Image.NEAREST)
-
-
-# --------------------------------------------------------------------------------- checkpoints
-
-
-def load_checkpoint(path):
-    """Read a best.pt or last.pt -> dict with at least "model" and "settings".
-
-    model: the weights; settings: the options of train.py. `Run.save_as` in train.py lists the rest.
-    Only tensors and plain Python values are read, so that a file cannot run code. Raises
-    FileNotFoundError, or ValueError for anything that is not a checkpoint of train.py.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name in "model", "data", "loss":
-            if not isinstance(saved["settings"][name], str):
-                raise TypeError(f"the setting {name} is not a string")
-        if not isinstance(saved["model"], dict):
-            raise TypeError("there are no weights")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise FileNotFoundError(f"{path}: no such file; train.py writes best.pt") from error
-    except PermissionError:
-        raise
-    except Exception as error:                      # torch.load raises errors of many kinds
-        raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
-                         f"run code ({type(error).__name__})") from error
-    name = saved["settings"]["model"]
-    if name not in SPECS:
-        raise ValueError(f"{path}: its model is {name}, which is not in SPECS of unet.py")
-    return saved
-
-
-def load_weights(model, name, saved, path):
-    """Load the weights of a checkpoint into a network; `name` is that of the network.
-
-    Raises ValueError if they do not fit.
-    """
-    try:
-        model.load_state_dict(saved["model"])
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{path}: its weights, of {saved['settings']['model']}, do not fit {name} "
-                         f"with {len(CLASSES)} classes as unet.py builds it") from error
-
-
-Checkpoint = namedtuple("Checkpoint", "path folder model settings epoch miou frame_size log")
-
-
-def load_model(path, device):
-    """Rebuild the network of a checkpoint -> Checkpoint; `folder` is the name of its folder.
-
-    Raises the errors of load_checkpoint, and ValueError if the weights do not fit.
-    """
-    saved = load_checkpoint(path)
-    settings = saved["settings"]
-    model = build_model(settings["model"], len(CLASSES))
-    load_weights(model, settings["model"], saved, path)
-    if saved.get("label_to_train", LABEL_TO_TRAIN.tolist()) != LABEL_TO_TRAIN.tolist():
-        print(f"WARNING: {path} was trained with another LABEL_TO_TRAIN than data.py has now")
-    model.to(device, memory_format=torch.channels_last).eval()
-    folder = Path(path).resolve().parent.name
-    frame_size = saved.get("frame_size", [1024, 2048])          # of the validation
-    return Checkpoint(str(path), folder, model, settings, saved.get("epoch"), saved.get("miou"),
-                      frame_size, saved.get("log", []))
-
-
-# ------------------------------------------------------------------------------------- tables
-
-
-def summarize(matrix):
-    """All scores of a confusion matrix (int64 C x C) as plain Python values.
-
-    The score of a class in neither truth nor prediction is None.
-    """
-    def plain(score):
-        return None if score.isnan() else score.item()
-
-    iou, dice = metrics.iou(matrix), metrics.dice(matrix)
-    largest, partner = metrics.confusion_shares(matrix).nan_to_num().max(dim=1)
-    classes = {}
-    for i, name in enumerate(NAMES):
-        confused = None
-        if largest[i] > 0:
-            confused = {"with": NAMES[partner[i]], "share_of_union": largest[i].item()}
-        classes[name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
-                         "pixels": matrix[i].sum().item(), "most_confused": confused}
-    return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)),
-            "miou": plain(iou.nanmean()),
-            "mean_dice": plain(dice.nanmean()),
-            "classes_scored": int((~iou.isnan()).sum()),
-            "classes": classes,
-            "confusion_matrix": matrix.tolist()}
-
-
-def format_score(score):
-    """A score as text of three decimals, or n/a."""
-    return "  n/a" if score is None else f"{score:.3f}"
-
-
-def class_table(result):
-    """The classes of `summarize` as text, lowest IoU first, then the means."""
-    def by_iou(item):
-        iou = item[1]["iou"]
-        return 2 if iou is None else iou            # n/a last
-
-    total = max(1, sum(c["pixels"] for c in result["classes"].values()))
-    lines = ["worst first      IoU   Dice  pixels  most confused with"]
-    for name, c in sorted(result["classes"].items(), key=by_iou):
-        confused = "-"
-        if c["most_confused"]:
-            share = c["most_confused"]["share_of_union"]
-            confused = f"{c['most_confused']['with']} ({share:.0%} of the union)"
-        lines.append(f"{name:14s} {format_score(c['iou'])}  {format_score(c['dice'])}  "
-                     f"{c['pixels'] / total:6.2%}  {confused}")
-    mean = f"mean of {result['classes_scored']}"
-    lines.append(f"{mean:14s} {format_score(result['miou'])}  {format_score(result['mean_dice'])}")
-    lines.append(f"pixel accuracy {format_score(result['pixel_accuracy'])}")
-    return "\n".join(lines)
-
-
-def comparison(names, results):
-    """One column of scores for each checkpoint, as text. * marks the best of a row."""
-    rows = []
-    for name in NAMES:
-        rows.append((f"IoU {name}", [r["classes"][name]["iou"] for r in results]))
-    for key in "miou", "mean_dice", "pixel_accuracy":
-        rows.append((key, [r[key] for r in results]))
-    width = max(len(name) for name in names) + 2
-    width = max(width, 9)
-    lines = [f"{'':18s}" + "".join(f"{name:>{width}s}" for name in names)]
-    for name, scores in rows:
-        best = max((s for s in scores if s is not None), default=None)
-        line = f"{name:18s}"
-        for score in scores:
-            mark = "*" if score is not None and score == best else " "
-            line += f"{format_score(score) + mark:>{width}s}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
-NEARLY_ALL = 0.95       # of the pixels: a warning is printed if more have one predicted class
-
-
-def predicted_shares(pixels):
-    """Text: the predicted classes by their share of the pixels (int 19), largest first."""
-    shares = pixels / max(1, pixels.sum())
-    parts = []
-    for i in np.argsort(-shares):
-        if shares[i] > 0:
-            parts.append(f"{NAMES[i]} {shares[i]:.1%}")
-    text = "predicted: " + ", ".join(parts)
-    if shares.max() > NEARLY_ALL:
-        text += ("\nWARNING: nearly all pixels have one class; "
-                 "are these pictures like those of the training?")
-    return text
-
-
-# ------------------------------------------------------------------------------------ pictures
-
-PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is black
-PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
-ERROR_COLOR = (255, 40, 40)
-TILE = 480                                          # width of a picture in a sheet, in pixels
-FONT = ImageFont.load_default(15)
-
-
-def colorize(ids):
-    """Train ids as a Pillow image (mode L) -> their colors, RGB."""
-    picture = ids.copy()
-    picture.putpalette(PALETTE.ravel().tolist())
-    return picture.convert("RGB")
-
-
-def error_picture(image, label, prediction):
-    """Three uint8 arrays -> the image darkened, wrong pixels red, ignored pixels black."""
-    errors = image // 3
-    errors[label != prediction] = ERROR_COLOR
-    errors[label == IGNORE] = 0
-    return errors
-
-
-def picture_grid(rows):
-    """Draw rows of (title, uint8 H x W x 3) pairs, and the colors of the classes below."""
-    picture_height = max(1, round(TILE * rows[0][0][1].shape[0] / rows[0][0][1].shape[1]))
-    row_height = picture_height + 28                # a title and a margin
-    columns = max(len(row) for row in rows)
-    legend = [(c.name, c.color) for c in CLASSES]
-    legend += [("ignored", (0, 0, 0)), ("error", ERROR_COLOR)]
-    per_line = max(1, columns * TILE // 120)
-    legend_height = 28 * math.ceil(len(legend) / per_line)
-    size = columns * TILE, len(rows) * row_height + legend_height
-    picture = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(picture)
-    for i, row in enumerate(rows):
-        for j, (title, pixels) in enumerate(row):
-            x, y = j * TILE, i * row_height
-            draw.text((x + 4, y + 4), title, "black", FONT)
-            smooth = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
-            tile = Image.fromarray(pixels).resize((TILE - 4, picture_height), smooth)
-            picture.paste(tile, (x + 2, y + 26))
-    for i, (name, color) in enumerate(legend):
-        x = 6 + 120 * (i % per_line)
-        y = len(rows) * row_height + 28 * (i // per_line) + 4
-        draw.rectangle((x, y, x + 16, y + 16), color)
-        draw.text((x + 22, y), name, "black", FONT)
-    return picture
-
-
-def panel(frame):
-    """One frame: image, truth, prediction and errors; without a truth, image and prediction."""
-    image, label, prediction = frame
-    row = [("image", image), ("prediction", PALETTE[prediction])]
-    if (label != IGNORE).any():
-        row.insert(1, ("truth", PALETTE[label]))
-        row.append(("errors", error_picture(image, label, prediction)))
-    return picture_grid([row])
-
-
-def comparison_picture(names, results, pictures):
-    """Two frames: image and truth first, then the predictions and errors of each checkpoint.
-
-    pictures: for each checkpoint {index: (image, label, prediction)}, see `score_checkpoint`
-    """
-    chosen = sorted(pictures[0])
-    row = []
-    for index in chosen:
-        image, label, _ = pictures[0][index]
-        row += [("image", image), ("truth", PALETTE[label])]
-    rows = [row]
-    for name, result, predicted in zip(names, results, pictures):
-        row = []
-        for index in chosen:
-            image, label, prediction = predicted[index]
-            row.append((f"{name}, mIoU {format_score(result['miou'])}", PALETTE[prediction]))
-            row.append(("errors", error_picture(image, label, prediction)))
-        rows.append(row)
-    return picture_grid(rows)
-
-
-def confusion_picture(matrix, title):
-    """Draw a confusion matrix (int64 C x C): each row in percent of its class."""
-    cell, left, top = 44, 120, 160
-    side = cell * len(NAMES)
-    picture = Image.new("RGB", (left + side + 10, top + side + 10), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black", FONT)
-    for i, name in enumerate(NAMES):
-        draw.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
-        text = Image.new("RGB", (100, 20), "white")
-        ImageDraw.Draw(text).text((0, 10), name, "black", FONT, anchor="lm")
-        picture.paste(text.rotate(90, expand=True), (left + cell * i + 12, top - 104))
-    share = (matrix.double() / matrix.sum(dim=1, keepdim=True)).numpy()
-    for i in range(len(NAMES)):
-        for j in range(len(NAMES)):
-            if np.isnan(share[i, j]):               # the class has no pixel
-                continue
-            full = np.array((20, 110, 60) if i == j else (190, 30, 30))
-            color = 255 - (255 - full) * math.sqrt(share[i, j])         # white for 0
-            x, y = left + cell * j, top + cell * i
-            draw.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(color.astype(int).tolist()))
-            if share[i, j] >= 0.005:
-                text_color = "white" if share[i, j] > 0.3 else "black"
-                draw.text((x + cell // 2, y + cell // 2), f"{100 * share[i, j]:.0f}", text_color,
-                          FONT, anchor="mm")
-    return picture
-
-
-CURVE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
-
-
-def curves_picture(logs):
-    """Draw training loss and validation mIoU over the epochs; logs: {name: rows of log.csv}."""
-    width, height = 480, 300                        # of one plot, inside its axes
-    picture = Image.new("RGB", (2 * width + 180, height + 90 + 20 * len(logs)), "white")
-    draw = ImageDraw.Draw(picture)
-    last_epoch = max(row["epoch"] for rows in logs.values() for row in rows)
-    for k, (key, title) in enumerate((("loss", "training loss"), ("miou", "validation mIoU"))):
-        values = [row[key] for rows in logs.values() for row in rows if row[key] is not None]
-        top = max(values, default=0) or 1
-        left, bottom = 60 + k * (width + 80), 40 + height
-        draw.text((left, 10), title, "black", FONT)
-        draw.text((left + width, bottom + 24), "epoch", "black", FONT, anchor="ra")
-        for i in range(5):                          # grid lines and their numbers
-            y = bottom - height * i / 4
-            draw.line((left, y, left + width, y), "#dddddd")
-            draw.text((left - 6, y), f"{top * i / 4:.2f}", "black", FONT, anchor="rm")
-        for epoch in sorted({0, round(last_epoch / 2), last_epoch}):
-            x = left + width * epoch / last_epoch
-            draw.text((x, bottom + 6), str(epoch), "black", FONT, anchor="ma")
-        for (name, rows), color in zip(logs.items(), CURVE_COLORS * len(logs)):
-            points = []
-            for row in rows:
-                if row[key] is not None:            # --val-every may leave epochs out
-                    points.append((left + width * row["epoch"] / last_epoch,
-                                   bottom - height * row[key] / top))
-            draw.line(points, color, 2)
-            for x, y in points:
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), color)
-    for i, (name, color) in enumerate(zip(logs, CURVE_COLORS * len(logs))):
-        y = height + 85 + 20 * i
-        draw.line((60, y, 90, y), color, 3)
-        draw.text((100, y), name, "black", FONT, anchor="lm")
-    return picture
-
-
-# ------------------------------------------------------------------------------- the commands
-
-
-def score_checkpoint(ckpt, dataset, out, device, dtype, args):
-    """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
-
-    -> (result, pictured): the dict of metrics.json, and {index: (image, label, prediction)} of two
-    frames for `comparison_picture`, as uint8 arrays
-    """
-    count = min(args.panels, len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    pictured = {}
-    pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
-    out.mkdir(parents=True, exist_ok=True)
-
-    def visit(index, image, label, prediction):
-        image = image.permute(1, 2, 0).numpy()
-        label, prediction = label.numpy(), prediction.numpy()
-        pixels[:] += np.bincount(prediction.ravel(), minlength=len(CLASSES))
-        if args.labels_out:
-            save_labels(prediction, args.labels_out, dataset.names[index])
-        if index in chosen:
-            panel((image, label, prediction)).save(out / f"panel_{dataset.names[index]}.png")
-        if index in chosen[:2]:                     # all panels would fill the memory
-            pictured[index] = image, label, prediction
-
-    matrix = evaluate(ckpt.model, dataset, device, dtype, args.tta, args.workers, visit)
-    matrix = matrix.cpu()
-    result = {"checkpoint": ckpt.path, "settings": ckpt.settings, "epoch": ckpt.epoch,
-              "val_miou": ckpt.miou, "split": args.split, "data": str(args.data),
-              "images": len(dataset), "tta": args.tta, **summarize(matrix)}
-    if matrix.sum() == 0:
-        print("the labels hold none of the classes, so there is no score")
-        (out / "metrics.json").unlink(missing_ok=True)          # of another split
-        (out / "confusion.png").unlink(missing_ok=True)
-        print(predicted_shares(pixels))
-        return result, pictured
-    (out / "metrics.json").write_text(json.dumps(result, indent=1))
-    title = f"{ckpt.path} on {args.split}, mIoU {format_score(result['miou'])}"
-    confusion_picture(matrix, title).save(out / "confusion.png")
-    print(class_table(result))
-    if pixels.max() > NEARLY_ALL * pixels.sum():
-        print(predicted_shares(pixels))
-    return result, pictured
-
-
-def save_labels(train_ids, folder, frame):
-    """Write a prediction (uint8 H x W) as label ids, with the name that the scorer expects."""
-    Image.fromarray(TRAIN_TO_LABEL[train_ids]).save(folder / f"{frame}_pred_labelIds.png")
-
-
-def check_unique(names, folder):
-    """Raise ValueError if results, which are named after their frames, overwrite each other."""
-    seen = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(f"{folder}: two pictures are named {name}, and their results would "
-                             "overwrite each other; rename one")
-        seen.add(name)
-
-
-def predict_photos(ckpt, device, dtype, args):
-    """Write a color map and an overlay of each photo in --images -> the number of failures."""
-    endings = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-    if not args.images.exists():
-        raise FileNotFoundError(f"{args.images}: no such file or folder of photos")
-    files = [args.images]
-    if not args.images.is_file():
-        files = sorted(f for f in args.images.iterdir()
-                       if f.suffix.lower() in endings and not f.name.startswith("."))
-    if not files:
-        raise FileNotFoundError(f"{args.images}: no {' '.join(endings)} files in this folder")
-    check_unique([file.stem for file in files], args.images)
-    if args.out.resolve() == files[0].resolve().parent:
-        raise ValueError(f"--out {args.out}: is the folder of the photos; choose another one")
-    args.out.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros(len(CLASSES), np.int64)
-    failures = 0
-    for file in progress(files, "predicting"):
-        try:
-            photo = read_image(file)
-        except (OSError, ValueError) as error:
-            print(f"skipped {error}", file=sys.stderr)
-            failures += 1
-            continue
-        ids = predict_photo(ckpt.model, photo, ckpt.frame_size, device, dtype, args.tta)
-        pixels += ids.histogram()[:len(CLASSES)]
-        colors = colorize(ids)
-        colors.save(args.out / f"{file.stem}_color.png")
-        Image.blend(photo, colors, 0.5).save(args.out / f"{file.stem}_overlay.png")
-        if args.labels_out:
-            save_labels(np.asarray(ids), args.labels_out, file.stem)
-    print(f"{len(files) - failures} photos: {args.out}/*_color.png and *_overlay.png")
-    if failures < len(files):
-        print(predicted_shares(pixels))
-    return failures
-
-
-def parse_args(argv=None):
-    """The options of eval.py."""
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--ckpt", nargs="+", metavar="BEST_PT",
-                   help="one or more checkpoints of train.py")
-    p.add_argument("--data", type=Path, metavar="FOLDER",
-                   help="root of the dataset (default: the one of the training; of several "
-                   "checkpoints, of the first)")
-    p.add_argument("--split", default="val", metavar="NAME",
-                   help="split to evaluate: train, val, test or another folder (default: val)")
-    p.add_argument("--out", type=Path, default=Path("eval"), metavar="FOLDER",
-                   help="where results are written, over files of the same names (default: eval)")
-    p.add_argument("--tta", action="store_true",
-                   help="average predictions over three scales and flips; 6 times slower")
-    p.add_argument("--images", type=Path, metavar="PATH",
-                   help="predict a photo or a folder of photos instead of a split")
-    p.add_argument("--labels-out", type=Path, metavar="FOLDER",
-                   help="also write predictions as PNGs of label ids, at full size")
-    p.add_argument("--panels", type=number_in(1, 10**6, int), default=6, metavar="N",
-                   help="number of frames to draw (default: 6)")
-    p.add_argument("--device", default="auto", metavar="NAME",
-                   help="cuda, cuda:1, mps or cpu (default: the fastest available)")
-    p.add_argument("--amp", choices=["auto", "off", "bf16", "fp16"],
-                   help="precision of autocast; off is float32 (default: as in the training; "
-                   "of several checkpoints, of the first)")
-    p.add_argument("--workers", type=number_in(0, 1000, int), metavar="N",
-                   help="processes that read frames (default: up to 8; on a CPU 0)")
-    args = p.parse_args(argv)
-    if not args.ckpt:
-        p.error("no checkpoint is given; train.py writes one: --ckpt best.pt")
-    if len(args.ckpt) > 1 and (args.images or args.labels_out):
-        p.error("--images and --labels-out need exactly one --ckpt")
-    return args
-
-
-def find_data(settings):
-    """The root of the data of a run; if that folder is gone, $CITYSCAPES_DATASET if it is set."""
-    variable = os.environ.get("CITYSCAPES_DATASET")
-    if variable and not Path(settings["data"]).exists():
-        return variable
-    return settings["data"]
-
-
-def main(argv=None):
-    """Run one command line (default: sys.argv) -> a list of the dicts in metrics.json."""
-    args = parse_args(argv)
-    device = pick_device(args.device)
-    args.workers = pick_workers(args.workers, device)
-    if args.labels_out:
-        args.labels_out.mkdir(parents=True, exist_ok=True)
-    ckpts = [load_model(path, device) for path in args.ckpt]
-    dtype = pick_amp(args.amp or ckpts[0].settings.get("amp", "auto"), device)
-    if args.images:
-        if predict_photos(ckpts[0], device, dtype, args) > 0:
-            sys.exit(2)
-        return []
-    names = [ckpt.folder for ckpt in ckpts]
-    if len(set(names)) < len(names):                # folders of one name: number them
-        names = [f"{i}_{name}" for i, name in enumerate(names, start=1)]
-
-    args.data = args.data or Path(find_data(ckpts[0].settings))
-    dataset = Cityscapes(args.data, args.split)
-    if args.labels_out:
-        check_unique(dataset.names, args.data)
-    print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
-    results, pictures = [], []
-    for name, ckpt in zip(names, ckpts):
-        print(f"\n{ckpt.path}: {ckpt.settings['model']}, loss {ckpt.settings['loss']}, "
-              f"epoch {ckpt.epoch}")
-        out = args.out / name if len(ckpts) > 1 else args.out
-        result, pictured = score_checkpoint(ckpt, dataset, out, device, dtype, args)
-        results.append(result)
-        pictures.append(pictured)
-    if len(ckpts) > 1:
-        print("\n" + comparison(names, results))
-        comparison_picture(names, results, pictures).save(args.out / "comparison.png")
-    logs = {name: ckpt.log for name, ckpt in zip(names, ckpts) if ckpt.log}
-    if logs:
-        curves_picture(logs).save(args.out / "curves.png")
-    print(f"\nresults: {args.out}/")
-    return results
-
-
-# ----------------------------- support for train.py and eval.py: devices, processes, messages
 
 def pick_device(name="auto"):
     """A torch.device by name; "auto" is cuda if there is one, else mps, else cpu.
@@ -617,74 +67,607 @@ def pick_amp(name, device):
     "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
     if it has matrix units for it (AMX). Raises ValueError for "bf16" if the device has none.
     """
+    has_bf16, fastest = False, "off"
     if device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        automatic = "bf16" if has_bf16 else "fp16"
+        fastest = "bf16" if has_bf16 else "fp16"
     elif device.type == "cpu":
         has_bf16 = True
-        automatic = "off"
-        if hasattr(torch.cpu, "get_capabilities"):  # old versions of torch have none
-            if torch.cpu.get_capabilities().get("amx_bf16"):
-                automatic = "bf16"
-    else:
-        has_bf16 = False
-        automatic = "off"
+        if torch.cpu.get_capabilities().get("amx_bf16"):
+            fastest = "bf16"
     if name == "auto":
-        name = automatic
+        name = fastest
     if name == "bf16" and not has_bf16:
         raise ValueError(f"--amp bf16: {device.type} has no bfloat16 here; use --amp auto")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-def autocast(device, dtype):
-    """The autocast context for a dtype of `pick_amp`; for None it does nothing."""
-    if dtype is None:
-        return torch.autocast(device.type, enabled=False)
-    return torch.autocast(device.type, dtype)
+# ------------------------------------------------------------------------------------ prediction
+
+TTA_SCALES = (0.75, 1.0, 1.25)
 
 
-def pick_workers(number, device):
-    """The number of data workers; None is this process's share of the CPU cores, at most 8.
+def finite_logits(model, x, dtype):
+    """Logits of x, N x 3 x H x W, under autocast -> float32 N x C x H x W.
 
-    On a CPU None is 0, as the network itself keeps all cores busy.
+    Raises FloatingPointError if they are not finite: argmax would silently give class 0.
     """
-    if number is not None:
-        return number
-    if device.type == "cpu":
-        return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)    # of torchrun on this machine
-    return max(1, min(8, usable_cores() // processes))
+    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+        logits = model(x)
+    if not logits.isfinite().all():
+        raise FloatingPointError("the output of the network is not finite; try --amp off (float32) "
+                                 "or --amp bf16")
+    return logits
 
 
-def usable_cores():
-    """CPU cores that this process may use: its affinity, and on Linux a container's quota."""
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, int(quota) // int(period))
-    except (OSError, ValueError):                   # no such file, or the quota is "max"
-        pass
-    return max(1, cores)
+@torch.no_grad()
+def predict(model, images, dtype=None, tta=False):
+    """uint8 N x 3 x H x W on the model's device -> train ids, uint8 N x H x W.
+
+    tta: average the class probabilities over TTA_SCALES, each with and without a flip.
+    """
+    x = normalize(images)
+    if not tta:
+        return finite_logits(model, x, dtype).argmax(dim=1).byte()
+    height, width = x.shape[-2:]
+    total = 0
+    for scale in TTA_SCALES:
+        size = max(1, round(scale * height)), max(1, round(scale * width))
+        scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
+        plain = finite_logits(model, scaled, dtype)
+        flipped = finite_logits(model, scaled.flip(3), dtype).flip(3)
+        for logits in plain, flipped:
+            total = total + F.interpolate(logits, (height, width), mode="bilinear").softmax(dim=1)
+    return total.argmax(dim=1).byte()
 
 
-def rank():
-    """The number of this process under torchrun, else 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def predictions(model, dataset, device, dtype=None, tta=False, workers=0):
+    """Predict whole frames -> yields image (uint8 3 x H x W), label and prediction (uint8 H x W).
+
+    Frames are processed one at a time, so that they may differ in size. Images and labels are on
+    the CPU, predictions on `device`.
+    """
+    model.eval()
+    for images, labels in make_loader(dataset, workers, device, batch_size=1):
+        yield images[0], labels[0], predict(model, images.to(device), dtype, tta)[0]
 
 
-def progress(items, what):
-    """Yield the items. On a terminal, one line that is updated in place counts them."""
-    start = time.monotonic()
-    live = sys.stdout.isatty() and rank() == 0
+def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
+    """RGB Pillow image of any size -> train ids (mode L) of that size, and the size predicted at.
+
+    A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
+    number, because the network was scored at that size. This also limits the memory. The
+    prediction is then enlarged to the size of the photo.
+    """
+    limit = frame_size[0] * frame_size[1]
+    zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
+    width, height = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
+    pixels = np.array(photo.resize((width, height), Image.BILINEAR))    # averages if it reduces
+    images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    ids = predict(model, images.to(device), dtype, tta)[0].cpu().numpy()
+    return Image.fromarray(ids).resize(photo.size, Image.NEAREST), (height, width)
+
+
+def progress(items, describe):
+    """Yield the items, and show how far the loop over them is; describe(number) -> a line of text.
+
+    On a terminal, the line is updated in place. Elsewhere, for example in the log file of a
+    cluster, a new line follows every minute.
+    """
+    start, end, pause = "", "\n", 60                # seconds
+    if sys.stdout.isatty():
+        start, end, pause = "\r\033[K", "", 0.5
+    shown_at = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item
-        if live:
-            rate = number / (time.monotonic() - start)
-            print(f"\r\033[K{what} {number}/{len(items)}  {rate:.1f}/s ", end="", flush=True)
-    if live:
-        print("\r\033[K", end="", flush=True)
+        if time.monotonic() - shown_at > pause:
+            print(start + describe(number), end=end, flush=True)
+            shown_at = time.monotonic()
+    print(start, end="", flush=True)
+
+
+# --------------------------------------------------------------------------------- checkpoints
+
+def find_checkpoint(path, names=("best.pt", "last.pt")):
+    """The path of a checkpoint; in the folder of a run, the first of `names` that is there.
+
+    Raises FileNotFoundError.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    folder = path if path.is_dir() else path.parent
+    found = ", ".join(sorted(file.name for file in folder.glob("*.pt")))
+    raise FileNotFoundError(f"{path}: no such file, and no folder with {' or '.join(names)}, which "
+                            f"train.py writes; {folder} has {found or 'no .pt files'}")
+
+
+def load_checkpoint(path):
+    """Read a best.pt or last.pt -> dict; `save` in train.py says what it holds.
+
+    Only tensors and plain Python values are read, so that a file cannot run code. Raises OSError,
+    or ValueError for a file that is no checkpoint of train.py.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        name = saved["settings"]["model"]
+        is_known = name in SPECS and isinstance(saved["model"], dict)
+    except OSError:
+        raise
+    except Exception as error:                      # torch.load raises errors of many kinds
+        raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
+                         f"run code ({type(error).__name__})") from error
+    if not is_known:
+        raise ValueError(f"{path}: its model {name} is not in SPECS of unet.py")
+    return saved
+
+
+def load_weights(model, saved, path, new_head=False):
+    """Load the weights of a checkpoint into a network that `build_model` built.
+
+    new_head: if the checkpoint has another number of classes, the network keeps its own last
+    layer, and one line says so. Raises ValueError if the weights do not fit.
+    """
+    weights, own = dict(saved["model"]), model.state_dict()
+    bias = "head.bias" if "head.bias" in own else "out_conv.0.bias"     # one value for each class
+    classes = len(weights.get(bias, []))
+    if new_head and 0 < classes != len(own[bias]):
+        for name in bias, bias.replace("bias", "weight"):
+            weights[name] = own[name]
+        print(f"{path}: has {classes} classes instead of {len(CLASSES)}, so the last layer starts "
+              "from random weights", flush=True)
+    try:
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{path}: its weights, of {saved['settings']['model']} with {classes} "
+                         f"classes, do not fit this network with {len(CLASSES)} classes as unet.py "
+                         "and data.py define it") from error
+
+
+def find_data(settings):
+    """The root of the data of a run. If there is none, or it is gone: $CITYSCAPES_DATASET."""
+    folder, variable = settings.get("data"), os.environ.get("CITYSCAPES_DATASET")
+    if folder is None or (variable and not Path(folder).exists()):
+        return variable
+    return folder
+
+
+def load_model(path, device):
+    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, with path and network.
+
+    Its "log" has all rows of the run's log.csv, if that lies beside it. Raises the errors of
+    find_checkpoint, load_checkpoint and load_weights.
+    """
+    path = find_checkpoint(path)
+    saved = load_checkpoint(path)
+    network = build_model(saved["settings"]["model"], len(CLASSES))
+    load_weights(network, saved, path)
+    network.to(device, memory_format=torch.channels_last)
+    log = path.with_name("log.csv")
+    if log.exists():
+        with open(log, newline="") as file:
+            saved["log"] = list(csv.DictReader(file))
+    return {**saved, "path": path, "network": network}
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+def summarize(matrix):
+    """All scores of a confusion matrix (int64 C x C) as plain Python values.
+
+    The score of a class in neither truth nor prediction is None.
+    """
+    def plain(score):
+        return None if score.isnan() else score.item()
+
+    iou, dice = metrics.iou(matrix), metrics.dice(matrix)
+    largest, partner = metrics.confusion_shares(matrix).nan_to_num().max(dim=1)
+    classes = {}
+    for i, name in enumerate(NAMES):
+        confused = None
+        if largest[i] > 0:
+            confused = {"with": NAMES[partner[i]], "share_of_union": largest[i].item()}
+        classes[name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
+                         "pixels": matrix[i].sum().item(), "most_confused": confused}
+    return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)),
+            "miou": plain(iou.nanmean()), "mean_dice": plain(dice.nanmean()),
+            "classes_scored": int((~iou.isnan()).sum()),
+            "classes": classes, "confusion_matrix": matrix.tolist()}
+
+
+def format_score(score):
+    """A score as text of three decimals, or n/a."""
+    return "  n/a" if score is None else f"{score:.3f}"
+
+
+def class_table(result):
+    """The classes of `summarize` as text, lowest IoU first, then the means."""
+    def by_iou(item):
+        iou = item[1]["iou"]
+        return 2 if iou is None else iou            # n/a last
+
+    total = max(1, sum(c["pixels"] for c in result["classes"].values()))
+    lines = ["worst first      IoU   Dice  pixels  most confused with"]
+    for name, c in sorted(result["classes"].items(), key=by_iou):
+        confused = "-"
+        if c["most_confused"]:
+            share = c["most_confused"]["share_of_union"]
+            confused = f"{c['most_confused']['with']} ({share:.0%} of the union)"
+        lines.append(f"{name:14s} {format_score(c['iou'])}  {format_score(c['dice'])}  "
+                     f"{c['pixels'] / total:6.2%}  {confused}")
+    mean = f"mean of {result['classes_scored']}"
+    lines.append(f"{mean:14s} {format_score(result['miou'])}  {format_score(result['mean_dice'])}")
+    lines.append(f"pixel accuracy {format_score(result['pixel_accuracy'])}")
+    return "\n".join(lines)
+
+
+def comparison(names, results):
+    """One column of scores for each checkpoint, as text."""
+    width = 2 + max(7, *map(len, names))
+
+    def line(title, texts):
+        return f"{title:18s}" + "".join(text.ljust(6).rjust(width) for text in texts)
+
+    rows = []
+    for name in NAMES:
+        rows.append((f"IoU {name}", [r["classes"][name]["iou"] for r in results]))
+    for key, title in (("miou", "mIoU"), ("mean_dice", "Dice"), ("pixel_accuracy", "accuracy")):
+        rows.append((title, [r[key] for r in results]))
+    lines = [line("* best of a row", names)]
+    for title, scores in rows:
+        texts = list(map(format_score, scores))
+        best = max(texts)                           # "  n/a" is below all numbers
+        if best > "0.000":
+            texts = [text.replace(best, best + "*") for text in texts]
+        lines.append(line(title, texts))
+    lines.append(line("means of classes", [str(r["classes_scored"]) for r in results]))
+    return "\n".join(lines)
+
+
+def predicted_shares(pixels):
+    """Text: the predicted classes by their share of the pixels (int C), largest first."""
+    shares = pixels / max(1, pixels.sum())
+    parts = []
+    for i in np.argsort(-shares):
+        if shares[i] > 0:
+            parts.append(f"{NAMES[i]} {shares[i]:.1%}")
+    text = "predicted: " + ", ".join(parts)
+    if shares.max() > 0.95:
+        text += ("\nWARNING: nearly all pixels have one class; "
+                 "are these pictures like those of the training?")
+    return text
+
+
+# ------------------------------------------------------------------------------------ pictures
+
+PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is black
+PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
+ERROR_COLOR = (0, 255, 255)                         # no class of Cityscapes has it
+TILE = 480                                          # width of a picture in a sheet, in pixels
+FONT = ImageFont.load_default(15)
+CURVE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+
+
+def sheet(width, height):
+    """A white RGB picture, and the pen that draws on it."""
+    picture = Image.new("RGB", (width, height), "white")
+    return picture, ImageDraw.Draw(picture)
+
+
+def legend(width):
+    """The names of the colors, `width` pixels wide."""
+    entries = [(c.name, c.color) for c in CLASSES]
+    entries += [("ignored", (0, 0, 0)), ("error", ERROR_COLOR)]
+    per_line = max(1, width // 120)
+    picture, pen = sheet(width, 28 * math.ceil(len(entries) / per_line))
+    for i, (name, color) in enumerate(entries):
+        x, y = 6 + 120 * (i % per_line), 4 + 28 * (i // per_line)
+        pen.rectangle((x, y, x + 16, y + 16), color)
+        pen.text((x + 22, y), name, "black", FONT)
+    return picture
+
+
+def picture_grid(rows):
+    """Draw rows of (title, uint8 H x W x 3) pairs, and the colors of the classes below."""
+    height, width = rows[0][0][1].shape[:2]
+    tile_height = max(1, round(TILE * height / width))
+    row_height = tile_height + 28                   # with a title
+    colors = legend(TILE * max(len(row) for row in rows))
+    picture, pen = sheet(colors.width, len(rows) * row_height + colors.height)
+    for i, row in enumerate(rows):
+        for j, (title, pixels) in enumerate(row):
+            x, y = j * TILE, i * row_height
+            pen.text((x + 4, y + 4), title, "black", FONT)
+            smooth = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
+            tile = Image.fromarray(pixels).resize((TILE - 4, tile_height), smooth)
+            picture.paste(tile, (x + 2, y + 26))
+    picture.paste(colors, (0, len(rows) * row_height))
+    return picture
+
+
+def error_picture(image, label, prediction):
+    """Three uint8 arrays -> the image darkened, wrong pixels cyan, ignored pixels black."""
+    errors = image // 3
+    errors[label != prediction] = ERROR_COLOR
+    errors[label == IGNORE] = 0
+    return errors
+
+
+def panel(image, label, prediction):
+    """One frame: image, truth, prediction and errors; without a truth, image and prediction."""
+    row = [("image", image), ("prediction", PALETTE[prediction])]
+    if (label != IGNORE).any():
+        row.insert(1, ("truth", PALETTE[label]))
+        row.append(("errors", error_picture(image, label, prediction)))
+    return picture_grid([row])
+
+
+def comparison_picture(names, results, pictured):
+    """Two frames: image and truth first, then the predictions and errors of each checkpoint.
+
+    pictured: for each checkpoint a list of (image, label, prediction), see `score_checkpoint`
+    """
+    first_row = []
+    for image, label, _ in pictured[0]:
+        first_row += [("image", image), ("truth", PALETTE[label])]
+    rows = [first_row]
+    for name, result, frames in zip(names, results, pictured):
+        title = f"{name}, mIoU {format_score(result['miou'])}"
+        row = []
+        for image, label, prediction in frames:
+            row.append((title, PALETTE[prediction]))
+            row.append(("errors", error_picture(image, label, prediction)))
+        rows.append(row)
+    return picture_grid(rows)
+
+
+def confusion_picture(matrix, title):
+    """Draw a confusion matrix (int64 C x C): each row in percent of its class."""
+    cell, left, top = 44, 120, 160
+    side = cell * len(NAMES)
+    picture, pen = sheet(left + side + 10, top + side + 10)
+    pen.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black", FONT)
+    for i, name in enumerate(NAMES):
+        pen.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
+        text, text_pen = sheet(100, 20)
+        text_pen.text((0, 10), name, "black", FONT, anchor="lm")
+        picture.paste(text.rotate(90, expand=True), (left + cell * i + 12, top - 104))
+    shares = (matrix.double() / matrix.sum(dim=1, keepdim=True)).nan_to_num().tolist()
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            full = np.array((20, 110, 60) if i == j else (190, 30, 30))
+            color = 255 - (255 - full) * math.sqrt(share)           # white for 0
+            x, y = left + cell * j, top + cell * i
+            pen.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(color.astype(int).tolist()))
+            if share >= 0.005:
+                text_color = "white" if share > 0.3 else "black"
+                pen.text((x + cell // 2, y + cell // 2), f"{100 * share:.0f}", text_color, FONT,
+                         anchor="mm")
+    return picture
+
+
+def curves_picture(logs):
+    """Draw training loss and validation mIoU over the epochs; logs: {name: rows of log.csv}."""
+    width, height = 480, 300                        # of one plot, inside its axes
+    picture, pen = sheet(2 * width + 180, height + 90 + 20 * len(logs))
+    last_epoch = max(int(rows[-1]["epoch"]) for rows in logs.values())
+    bottom = 40 + height
+    for left, key, title in ((60, "loss", "training loss"), (620, "miou", "validation mIoU")):
+        curves = [curve(rows, key) for rows in logs.values()]
+        highest = max((value for points in curves for _, value in points), default=0)
+        top = max(1, math.ceil(highest))            # of the axis
+        pen.text((left, 10), title, "black", FONT)
+        pen.text((left + width, bottom + 24), "epoch", "black", FONT, anchor="ra")
+        for i in range(6):                          # grid lines and their numbers
+            y = bottom - height * i / 5
+            pen.line((left, y, left + width, y), "#dddddd")
+            pen.text((left - 6, y), f"{top * i / 5:.1f}", "black", FONT, anchor="rm")
+        for epoch in sorted({0, round(last_epoch / 2), last_epoch}):
+            x = left + width * epoch / last_epoch
+            pen.text((x, bottom + 6), str(epoch), "black", FONT, anchor="ma")
+        for i, points in enumerate(curves):
+            color = CURVE_COLORS[i % len(CURVE_COLORS)]
+            places = []
+            for epoch, value in points:
+                x, y = left + width * epoch / last_epoch, bottom - height * value / top
+                places.append((x, y))
+                pen.ellipse((x - 2, y - 2, x + 2, y + 2), color)
+            pen.line(places, color, 2)
+    for i, name in enumerate(logs):
+        y = bottom + 45 + 20 * i
+        pen.line((60, y, 90, y), CURVE_COLORS[i % len(CURVE_COLORS)], 3)
+        pen.text((100, y), name, "black", FONT, anchor="lm")
+    return picture
+
+
+def curve(rows, key):
+    """(epoch, value) of each row of a log that has a value; --val-every leaves some out."""
+    points = []
+    for row in rows:
+        if row[key] not in (None, ""):              # "" in log.csv
+            points.append((int(row["epoch"]), float(row[key])))
+    return points
+
+
+# ------------------------------------------------------------------- scoring the frames of a split
+
+
+def score_checkpoint(ckpt, dataset, out, device, dtype, args):
+    """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
+
+    -> (result, pictured): the dict of metrics.json, and (image, label, prediction) of two frames
+    for `comparison_picture`, as uint8 arrays
+    """
+    count = min(args.panels, len(dataset))
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    pictured = []
+    matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
+    pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
+    out.mkdir(parents=True, exist_ok=True)
+    frames = predictions(ckpt["network"], dataset, device, dtype, args.tta, args.workers)
+    frames = progress(frames, lambda number: f"frame {number}/{len(dataset)}")
+    for index, (image, label, prediction) in enumerate(frames):
+        prediction = prediction.cpu()
+        matrix += metrics.confusion_matrix(prediction, label, len(CLASSES))
+        image = image.permute(1, 2, 0).numpy()
+        label, prediction = label.numpy(), prediction.numpy()
+        pixels += np.bincount(prediction.ravel(), minlength=len(CLASSES))
+        if args.labels_out:
+            save_labels(prediction, args.labels_out, dataset.names[index])
+        if index in chosen:
+            panel(image, label, prediction).save(out / f"panel_{dataset.names[index]}.png")
+        if index in chosen[:2]:                     # all panels would fill the memory
+            pictured.append((image, label, prediction))
+    result = {"checkpoint": str(ckpt["path"]), "settings": ckpt["settings"],
+              "epoch": ckpt["epoch"], "val_miou": ckpt["miou"], "split": args.split,
+              "data": str(args.data), "images": len(dataset), "tta": args.tta,
+              **summarize(matrix)}
+    (out / "metrics.json").write_text(json.dumps(result, indent=1))
+    title = f"{ckpt['path']} on {args.split}, mIoU {format_score(result['miou'])}"
+    confusion_picture(matrix, title).save(out / "confusion.png")
+    if matrix.sum() > 0:
+        print(class_table(result))
+    else:
+        print("the labels hold none of the classes, so there is no score")
+    print(predicted_shares(pixels))
+    return result, pictured
+
+
+def save_labels(train_ids, folder, frame):
+    """Write a prediction (uint8 H x W) as label ids, with the name that the scorer expects."""
+    Image.fromarray(TRAIN_TO_LABEL[train_ids]).save(folder / f"{frame}_pred_labelIds.png")
+
+
+def check_unique(names, folder):
+    """Raise ValueError if results, which are named after their frames, overwrite each other."""
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{folder}: {count} pictures are named {name}, and their results would "
+                         "overwrite each other; rename them")
+
+
+def short_names(paths):
+    """A short name for each checkpoint: its folder, and the file where folders are equal."""
+    names = []
+    for path in paths:
+        name = path.resolve().parent.name
+        if name in names:
+            name = f"{name}_{path.stem}"
+        if name in names:
+            name = f"{len(names) + 1}_{name}"
+        names.append(name)
+    return names
+
+
+def score_split(ckpts, device, dtype, args):
+    """Score the checkpoints on the frames of --split -> a list of the dicts in metrics.json."""
+    args.data = args.data or find_data(ckpts[0]["settings"])
+    dataset = Cityscapes(args.data, args.split)
+    if args.labels_out:
+        check_unique(dataset.names, args.data)
+    print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
+    if dataset.unused:
+        print(describe_unused(dataset.unused))
+    names = short_names([ckpt["path"] for ckpt in ckpts])
+    results, pictured = [], []
+    for name, ckpt in zip(names, ckpts):
+        print(f"\n{ckpt['path']}: {ckpt['settings']['model']}, loss {ckpt['settings']['loss']}, "
+              f"epoch {ckpt['epoch']}")
+        out = args.out / name if len(ckpts) > 1 else args.out
+        result, frames = score_checkpoint(ckpt, dataset, out, device, dtype, args)
+        results.append(result)
+        pictured.append(frames)
+    if len(ckpts) > 1:
+        print("\n" + comparison(names, results))
+        comparison_picture(names, results, pictured).save(args.out / "comparison.png")
+    logs = {name: ckpt["log"] for name, ckpt in zip(names, ckpts) if ckpt["log"]}
+    if logs:
+        curves_picture(logs).save(args.out / "curves.png")
+    print(f"\nresults: {args.out}/")
+    return results
+
+
+def describe_unused(paths):
+    """One line about files that are not read."""
+    return f"NOTE: {len(paths)} files or folders are not used, for example {paths[0]}"
+
+
+# --------------------------------------------------------------------------------- photos
+
+PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def find_photos(path):
+    """The photos of --images, a file or a folder. One line reports the other files there."""
+    if path.is_file():
+        return [path]
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder of photos")
+    photos, others = [], []
+    for file in sorted(path.iterdir()):
+        if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith("."):
+            photos.append(file)
+        elif not file.name.startswith("."):
+            others.append(file)
+    if not photos:
+        raise FileNotFoundError(f"{path}: no {' '.join(PHOTO_ENDINGS)} files in this folder")
+    if others:
+        print(describe_unused(others))
+    check_unique([photo.stem for photo in photos], path)
+    return photos
+
+
+def predict_photos(ckpt, device, dtype, args):
+    """Write a color map and an overlay of each photo in --images.
+
+    Raises OSError at the end if some could not be read or written.
+    """
+    photos = find_photos(args.images)
+    if args.out.resolve() == photos[0].resolve().parent:
+        raise ValueError(f"--out {args.out}: is the folder of the photos; choose another one")
+    args.out.mkdir(parents=True, exist_ok=True)
+    legend(600).save(args.out / "legend.png")
+    pixels, failures = np.zeros(len(CLASSES), np.int64), 0
+    for file in photos:
+        try:
+            photo = read_image(file)
+            ids, size = predict_photo(ckpt["network"].eval(), photo, ckpt["frame_size"], device,
+                                      dtype, args.tta)
+            colors = Image.fromarray(PALETTE[np.asarray(ids)])
+            colors.save(args.out / f"{file.stem}_color.png")
+            Image.blend(photo, colors, 0.5).save(args.out / f"{file.stem}_overlay.png")
+            if args.labels_out:
+                save_labels(np.asarray(ids), args.labels_out, file.stem)
+            pixels += ids.histogram()[:len(CLASSES)]
+            print(f"{file}: {photo.height} x {photo.width}, predicted at {size[0]} x {size[1]}")
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:       # a full disk
+                raise
+            print(f"skipped {file}: {error}", file=sys.stderr)
+            failures += 1
+    if failures < len(photos):
+        print(predicted_shares(pixels))
+    print(f"results: {args.out}/*_color.png and *_overlay.png; legend.png names the colors")
+    if failures > 0:
+        raise OSError(f"{failures} of {len(photos)} photos failed, see above")
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ValueError, so that a notebook can catch it."""
+
+    def __init__(self, description):
+        super().__init__(description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise ValueError(message)
 
 
 def number_in(low, high, kind=float):
@@ -698,82 +681,83 @@ def number_in(low, high, kind=float):
     return convert
 
 
-def advice(error):
-    """What to tell the user about an exception, in one line; None to show its traceback.
-
-    The checks of the input raise ValueError or OSError. `python -X dev` shows the traceback anyway.
-    """
-    text = " ".join(str(error).split())
-    memory = "(of|allocate|shared) memory|killed by signal: (Killed|Bus)"      # Killed: by Linux
-    if isinstance(error, MemoryError) or re.search(memory, text):
-        return ("out of memory: lower --workers (in a container, raise --shm-size); for training, "
-                "lower --batch or --crop, or choose a smaller --model; for evaluation, try "
-                f"--amp bf16 without --tta. {text[:250]}").strip()
-    if isinstance(error, (OSError, ValueError, FloatingPointError)):
-        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
-        return re.sub(r"^\w+Error: ", "", message)
-    return None
-
-
-# --------------------------------------------------- signals and data workers, skip at first
-
-# Ctrl-C, the end of a terminal or ssh session, and what schedulers send. Windows has only two.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1")
-                if hasattr(signal, name)]
-
-# What handles them. They may reach one process or all of them, and twice:
-#
-#     while a run trains          train.StopSignals: the run stops after its step, and is saved
-#     in its data workers         ignored, so that they live until the main process has saved
-#     while the program ends      ignored, so that a repeated signal does not change its status
-#     else                        Python's default
+def path_option(text):
+    """A type for argparse: a path. An empty one, as of an unset shell variable, is an error."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(os.path.expanduser(text))
 
 
 def command_line(main):
     """Run main(). An error that the user can correct ends in one line and exit status 2.
 
-    To see the traceback of such an error: python -X dev train.py ...
+    The checks of the input raise ValueError or OSError. To see the traceback of such an error:
+    python -X dev train.py ...
     """
     try:
-        return main()
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        message = advice(error)
-        if message is None or sys.flags.dev_mode:
+    except (OSError, ValueError, FloatingPointError, torch.OutOfMemoryError) as error:
+        if sys.flags.dev_mode:
             raise
+        message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
+        message = re.sub(r"^\w+Error: ", "", message)
+        if isinstance(error, torch.OutOfMemoryError):
+            message = f"out of GPU memory: lower --batch or --crop, or use no --tta ({message})"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        ignore_stop_signals()
 
 
-def make_loader(dataset, workers, **options):
-    """A torch DataLoader whose worker processes leave signals to the main process."""
-    if workers > 0:
-        options["worker_init_fn"] = ignore_stop_signals
-        if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
-            options["multiprocessing_context"] = "fork"
-        atexit.unregister(kill_workers)             # so that it is registered only once
-        atexit.register(kill_workers)
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, **options)
+def parse_args(argv=None):
+    """The options of eval.py. Raises ValueError."""
+    parser = OptionParser(__doc__)
+    add = parser.add_argument
+    add("--ckpt", nargs="+", type=path_option, default=[], metavar="BEST_PT",
+        help="one or more checkpoints of train.py, or the folders of their runs")
+    add("--data", type=path_option, metavar="FOLDER",
+        help="root of the dataset (default: that of the training, of the first checkpoint)")
+    add("--split", default="val", metavar="NAME",
+        help="split to evaluate: train, val, test or another folder (default: val)")
+    add("--out", type=path_option, default=Path("eval"), metavar="FOLDER",
+        help="where results are written, over files of the same names (default: eval)")
+    add("--tta", action="store_true",
+        help="average predictions over three scales and flips; 6 times slower")
+    add("--images", type=path_option, metavar="PATH",
+        help="predict a photo or a folder of photos instead of a split")
+    add("--labels-out", type=path_option, metavar="FOLDER",
+        help="also write predictions as PNGs of label ids, at full size")
+    add("--panels", type=number_in(1, 10**6, int), default=6, metavar="N",
+        help="number of frames to draw (default: 6)")
+    add("--device", default="auto", metavar="NAME", help="cuda, cuda:1, mps or cpu "
+        "(default: the fastest)")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"],
+        help="precision of autocast; off is float32 (default: as in the training, of the first "
+        "checkpoint)")
+    add("--workers", type=number_in(0, 1000, int), metavar="N",
+        help="processes that read frames (default: up to 8; on a CPU 0)")
+    args = parser.parse_args(argv)
+    if not args.ckpt:
+        raise ValueError("no checkpoint is given; train.py writes one: --ckpt best.pt")
+    if len(args.ckpt) > 1 and (args.images or args.labels_out):
+        raise ValueError("--images and --labels-out need exactly one --ckpt")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise ValueError("each process of torchrun would do the same work; use python eval.py")
+    return args
 
 
-def ignore_stop_signals(*worker):
-    """Make this process ignore STOP_SIGNALS. A DataLoader passes the number of the worker."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def kill_workers():
-    """End the workers that are left when the main process ends, for example after an error.
-
-    PyTorch sends them SIGTERM, which they ignore.
-    """
-    if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report their end as an error
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
+def main(argv=None):
+    """Run one command line (default: sys.argv) -> a list of the dicts in metrics.json."""
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    ckpts = [load_model(path, device) for path in args.ckpt]
+    if args.labels_out:
+        args.labels_out.mkdir(parents=True, exist_ok=True)
+    dtype = pick_amp(args.amp or ckpts[0]["settings"].get("amp", "auto"), device)
+    if args.images:
+        predict_photos(ckpts[0], device, dtype, args)
+        return []
+    return score_split(ckpts, device, dtype, args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Losses for semantic segmentation: cross-entropy, Dice, focal, and cross-entropy + Dice.
 
-Every loss of `build_loss` takes logits and labels and gives one number, by the same rules:
+Every loss of `build_loss` maps logits and labels to one number and follows the same rules:
 - A pixel labeled 255 is ignored exactly: its logits change neither the loss nor any gradient.
-- Everything is computed in float32. Autocast, with which train.py may run the network in 16 bits,
-  is off here: a float16 sum over a crop overflows.
+- Everything is computed in float32, even if train.py runs the network in 16 bits (autocast):
+  a float16 sum over a crop overflows.
 - A batch in which nothing is labeled has loss 0 and gradient 0.
-- Class weights w, where given, scale each class; only their ratios matter, since a loss is
-  divided by the weights that went into it.
+- Class weights w are optional. Only their ratios matter, because each loss is divided by the sum
+  of the weights in it.
 
     loss = build_loss("focal", class_weights)(logits, target)
 """
@@ -65,7 +65,7 @@ def dice(logits, target, weights):
         D_c = 2 sum_i p_ic t_ic / sum_i (p_ic + t_ic)
 
     i runs over the labeled pixels of the batch, c over the classes of those pixels. A class that is
-    absent from the batch is skipped: its D_c would be 0 whatever the network says. t is the one-hot
+    absent from the batch is skipped: its D_c would be 0 for any prediction. t is the one-hot
     truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237.
@@ -79,8 +79,8 @@ def dice(logits, target, weights):
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
 
-    In Dice, a rare class counts as much as a frequent one. But where p of the true class is near
-    0, so is the gradient that Dice sends through the softmax; cross-entropy's is largest there.
+    In Dice, a rare class counts as much as a frequent one. But where the probability of the true
+    class is near 0, the gradient of Dice is near 0 too. That of cross-entropy is largest there.
     """
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 

@@ -15,8 +15,8 @@ IGNORE = 255                                        # as in data.py
 def confusion_matrix(prediction, target, num_classes=19):
     """Count pixels by (truth, prediction): two integer tensors of one shape -> int64 C x C.
 
-    target: 0 ... C-1, or 255 for ignored; prediction: 0 ... C-1 (where the target is ignored,
-    anything). Rows are the truth, columns the prediction. Works on any device and stays there.
+    target: 0 ... C-1, or 255 for ignored; prediction: 0 ... C-1, or anything where the target is
+    ignored. Rows are the truth, columns the prediction. Works on any device and stays there.
     Raises ValueError for shapes that differ and for values out of range.
     """
     if prediction.shape != target.shape:
@@ -35,7 +35,7 @@ def confusion_matrix(prediction, target, num_classes=19):
 
 
 def pixel_accuracy(m):
-    """Share of the labeled pixels that are right, in [0, 1]; NaN for an empty matrix."""
+    """Share of the labeled pixels predicted correctly, in [0, 1]; NaN if none is labeled."""
     return m.diag().sum().double() / m.sum()
 
 

@@ -2,8 +2,8 @@
 
 A U-Net (Ronneberger et al. 2015, arXiv 1505.04597) has two halves. The encoder halves the
 resolution step by step and learns what is in the image. The decoder doubles it again. At each
-step it joins the coarse map to the "skip", the encoder's feature map of that resolution, which
-still knows where things are.
+step it joins the coarse map to a "skip": the encoder's feature map of that resolution, which
+still knows where things are. Sizes are height x width.
 
     image ──> stride 2 ──> stride 4 ──> stride 8 ──> stride 16 ──> stride 32       encoder
                  │             │            │             │            │
@@ -11,13 +11,12 @@ still knows where things are.
                  v             v            v             v            │
     logits <──── Up <───────── Up <──────── Up <───────── Up <─────────┘           decoder
 
-(ConvNeXt has no map of stride 2, so there are three Ups. ConvUNeXt has strides 1 to 16.) A last
-1x1 convolution turns the finest map into logits. They are upsampled to the size of the image
-unless they have it.
+(ConvNeXt has no map of stride 2, so its decoder has three Ups. ConvUNeXt has strides 1 to 16.)
+A 1x1 convolution computes the logits. Logits smaller than the image are upsampled to its size.
 
-Encoders: ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
-2201.03545), whose published ImageNet weights fit. ConvUNeXt (Han et al. 2022,
-doi 10.1016/j.knosys.2022.109512) is a U-Net of ConvNeXt-like blocks.
+The encoders, ResNet (He et al. 2015, arXiv 1512.03385) and ConvNeXt (Liu et al. 2022, arXiv
+2201.03545), can load published ImageNet weights. ConvUNeXt (Han et al. 2022,
+doi 10.1016/j.knosys.2022.109512) is a whole U-Net of ConvNeXt-like blocks.
 
     model = build_model("resnet34", num_classes=19, pretrained=True)
     logits = model(images)        # float N x 3 x H x W, ImageNet-normalized -> N x 19 x H x W
@@ -30,7 +29,6 @@ from torch import nn
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 # ------------------------------------------------------------------------------------- ResNet
-
 
 class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions (ResNet, fig. 5 left), for ResNet-18 and -34.
@@ -102,14 +100,14 @@ class ResNet(nn.Module):
         self.layer2 = self.stage(block, 64 * e, 128, depths[1], stride=2)
         self.layer3 = self.stage(block, 128 * e, 256, depths[2], stride=2)
         self.layer4 = self.stage(block, 256 * e, 512, depths[3], stride=2)
-        self.channels = [64, 64 * e, 128 * e, 256 * e, 512 * e]         # the channels of its maps
+        self.channels = [64, 64 * e, 128 * e, 256 * e, 512 * e]         # of the five maps
 
     @staticmethod
     def stage(block, channels, width, depth, stride):
-        """`depth` blocks: channels -> width * block.expansion. The first one has the stride."""
+        """`depth` blocks: channels -> block.expansion * width. The first one has the stride."""
         blocks = [block(channels, width, stride)]
         for _ in range(depth - 1):
-            blocks.append(block(width * block.expansion, width))
+            blocks.append(block(block.expansion * width, width))
         return nn.Sequential(*blocks)
 
     def forward(self, x):
@@ -123,19 +121,19 @@ class ResNet(nn.Module):
 
 # ----------------------------------------------------------------------------------- ConvNeXt
 
-
 class ConvNeXtBlock(nn.Module):
     """Residual block (ConvNeXt, fig. 4): depthwise 7x7, LayerNorm, 1x1 to 4C, GELU, 1x1 to C.
 
     N x C x H x W -> N x C x H x W. Depthwise: each channel has a filter of its own. `gamma` (layer
     scale) starts near 0, so that every block begins as the identity. In training, stochastic depth
-    (Huang et al. 2016, arXiv 1603.09382; "drop path") skips the block for each image with
-    probability `drop_path`.
+    ("drop path", Huang et al. 2016, arXiv 1603.09382) skips the block with probability `drop_path`,
+    independently for each image.
     """
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
-        self.dwconv = DepthwiseConv(channels)       # as nn.Conv2d(C, C, 7, padding=3, groups=C)
+        # Computes what nn.Conv2d computes, and trains faster on a CPU: see the end of this file.
+        self.dwconv = DepthwiseConv(channels, channels, 7, padding=3, groups=channels)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)        # a 1x1 convolution, as published
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -169,13 +167,13 @@ class ConvNeXt(nn.Module):
 
     def __init__(self, depths, channels, drop_path=0.1):
         super().__init__()
-        self.channels = list(channels)              # the channels of its maps
-        self.downsample_layers = nn.ModuleList()
-        self.downsample_layers.append(nn.Sequential(
-            nn.Conv2d(3, channels[0], 4, stride=4), ChannelLayerNorm(channels[0], 1e-6)))
+        self.channels = list(channels)              # of the four maps
+        conv = nn.Conv2d(3, channels[0], 4, stride=4)
+        stem = nn.Sequential(conv, ChannelLayerNorm(channels[0], 1e-6))
+        self.downsample_layers = nn.ModuleList([stem])
         for fine, coarse in zip(channels, channels[1:]):
-            self.downsample_layers.append(nn.Sequential(
-                ChannelLayerNorm(fine, 1e-6), nn.Conv2d(fine, coarse, 2, stride=2)))
+            conv = nn.Conv2d(fine, coarse, 2, stride=2)
+            self.downsample_layers.append(nn.Sequential(ChannelLayerNorm(fine, 1e-6), conv))
         self.stages = nn.ModuleList()
         rates = torch.linspace(0, drop_path, sum(depths)).tolist()      # one for each block
         for depth, width in zip(depths, channels):
@@ -193,9 +191,8 @@ class ConvNeXt(nn.Module):
 
 # ---------------------------------------------------------------------------------- the U-Net
 
-
 class Up(nn.Module):
-    """One decoder step: x, N x C x H x W, and skip s, N x S x 2H x 2W -> N x out x 2H x 2W.
+    """One decoder step: x, N x C x h x w, and skip s, N x S x 2h x 2w -> N x out x 2h x 2w.
 
     A U-Net upsamples the coarse map, concatenates the skip, and convolves:
 
@@ -232,17 +229,21 @@ class UNet(nn.Module):
 
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. The input is
     padded with zeros (the mean color, once normalized) to multiples of 32; the output is cropped
-    back. The logits are computed at the encoder's finest stride (ResNet 2, ConvNeXt 4) and then
-    upsampled. `widths` are the channels of the decoder, coarsest first; an encoder with three
-    skips uses widths[:3].
+    back. `widths` are the channels of the decoder, coarsest first. ConvNeXt's three skips use three
+    of them; with fewer widths than skips, the decoder ends early and leaves out the finest skips.
+    "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
+
+        stride           2               4               8              16             32
+        encoder   64 x 256 x 512  64 x 128 x 256  128 x 64 x 128  256 x 32 x 64  512 x 16 x 32
+        decoder   32 x 256 x 512  64 x 128 x 256  128 x 64 x 128  256 x 32 x 64
+
+    `head` computes 19 x 256 x 512 logits, which are upsampled to 19 x 512 x 1024.
     """
 
     def __init__(self, encoder, num_classes, widths=(256, 128, 64, 32)):
         super().__init__()
         self.encoder = encoder
         *skip_channels, channels = encoder.channels
-        if len(widths) < len(skip_channels):
-            raise ValueError(f"{len(widths)} widths for {len(skip_channels)} skips")
         self.ups = nn.ModuleList()
         for skip, width in zip(reversed(skip_channels), widths):
             self.ups.append(Up(channels, skip, width))
@@ -256,20 +257,19 @@ class UNet(nn.Module):
         *skips, x = self.encoder(x)
         for up, skip in zip(self.ups, reversed(skips)):
             x = up(x, skip)
-        logits = self.head(x).float()
-        logits = F.interpolate(logits, padded_size, mode="bilinear")
+        logits = F.interpolate(self.head(x).float(), padded_size, mode="bilinear")
         return logits[..., :height, :width]
 
 
 # ---------------------------------------------------------------------------------- ConvUNeXt
-
 
 class ConvUNeXtBlock(nn.Module):
     """ConvNeXt's block with BatchNorm, and a GELU after the sum: N x C x H x W, in and out."""
 
     def __init__(self, channels):
         super().__init__()
-        self.dwconv = DepthwiseConv(channels, padding_mode="reflect")
+        self.dwconv = DepthwiseConv(channels, channels, 7, padding=3, groups=channels,
+                                    padding_mode="reflect")
         self.norm1 = nn.BatchNorm2d(channels)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -286,17 +286,16 @@ class ConvUNeXtBlock(nn.Module):
 class GatedUp(nn.Module):
     """One decoder step of ConvUNeXt: a gate, like an LSTM's, decides what is kept of the skip.
 
-    x, N x C x H x W, and skip s, N x C x H' x W' (about 2H x 2W; both have C channels)
-    -> y, N x out x H' x W'
+    x, N x C x h x w, and skip s, N x C x H x W -> y, N x out x H x W
+    (h = H / 2 and w = W / 2, rounded down)
 
-        z       = upsample(norm(x))
-        f, i, g = gate(z)
-        s'      = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)
-        y       = conv(conv1x1([linear2(s'), z]))
+        z       = upsample(norm(x))                                         N x C x H x W
+        f, i, g = gate(z)                                                   N x C x H x W each
+        new_s   = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)        N x C x H x W
+        y       = conv(conv1x1([linear2(new_s), z]))                        N x out x H x W
 
-    gate, linear1 and linear2 act on each pixel by itself. A sigmoid gives factors from 0 (drop) to
-    1 (keep). The coarse map z (through f) and the skip decide how much of the skip is kept. z alone
-    decides what is added to it (g), and where (i).
+    gate, linear1 and linear2 act on each pixel by itself. z (through f) and the skip decide how
+    much of the skip is kept, from 0 to 1. z alone decides what is added to it (g), and where (i).
     """
 
     def __init__(self, channels, out):
@@ -312,15 +311,13 @@ class GatedUp(nn.Module):
         return self.conv(self.conv1x1(self.merge(x, skip)))
 
     def merge(self, x, skip):
-        """[linear2(s'), z]. A method of its own, so that f, i, g are freed before conv1x1."""
+        """[linear2(new_s), z], N x 2C x H x W. f, i and g are freed when this method returns."""
+        height, width = skip.shape[-2:]
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
-        dy = skip.shape[-2] - z.shape[-2]           # 1 where the skip's size is odd, else 0
-        dx = skip.shape[-1] - z.shape[-1]
-        z = F.pad(z, (0, dx, 0, dy))
-
-        z = z.permute(0, 2, 3, 1)                   # N x H' x W' x C
-        s = skip.permute(0, 2, 3, 1)
-        f, i, g = self.gate(z).chunk(3, dim=-1)
+        z = F.pad(z, (0, width - z.shape[-1], 0, height - z.shape[-2]))     # by 1 if H, W is odd
+        z = z.permute(0, 2, 3, 1)                   # N x H x W x C: Linear acts on the last axis
+        s = skip.permute(0, 2, 3, 1)                # N x H x W x C
+        f, i, g = self.gate(z).chunk(3, dim=-1)     # N x H x W x 3C -> three of N x H x W x C
         new_s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)
         return torch.cat([self.linear2(new_s), z], dim=-1).permute(0, 3, 1, 2)
 
@@ -328,10 +325,9 @@ class GatedUp(nn.Module):
 class ConvUNeXt(nn.Module):
     """The published ConvUNeXt (base_c 32, bilinear), with the published keys; 3.5 M parameters.
 
-    float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. `GatedUp`
-    handles odd sizes, as published. An image below 64 pixels, on which the published code fails
-    (its coarsest map is too small for reflection padding), is extended by its last row and
-    column; the output is cropped back.
+    float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. Below 64 pixels
+    the coarsest map is too small for reflection padding, and the published code fails. Here such an
+    image is extended to 64 pixels by repeating its last row and column; the output is cropped back.
     """
 
     def __init__(self, num_classes, width=32):
@@ -375,27 +371,32 @@ class ConvUNeXt(nn.Module):
 
 # --------------------------------------------------------------- models by name, with weights
 
-# A checkpoint stores the name of its model, a row of SPECS. So a variant of a model, such as a
-# wider decoder, is a row of its own. To add an encoder, write a module with this contract:
+# One row for each model:
+#   build       a function of n, the number of classes -> model
+#   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
+#   optimizer   train.py's default
+#   batch       upper limit of train.py's default; should fit 16 GB with crops of 512 x 1024
+# A checkpoint stores only the name of its row, so do not change a row that you trained: add one.
+# For example a deeper encoder, ResNet-101, and a decoder that is twice as wide:
+#   "resnet101": Spec(lambda n: UNet(ResNet(Bottleneck, (3, 4, 23, 3)), n),
+#                     "https://download.pytorch.org/models/resnet101-cd907fc2.pth", "sgd", 8),
+#   "wide34": Spec(lambda n: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), n, widths=(512, 256, 128, 64)),
+#                  "https://download.pytorch.org/models/resnet34-b627a593.pth", "sgd", 8),
+# An encoder of another kind is a module with
 #   encoder.channels    list of ints: the channels of each map, finest first
 #   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of 2 to 5 maps,
 #                       finest first, each half the size of the one before, the last of stride 32
-# A row: how to build the model for a number of classes; the URL of ImageNet weights for its
-# encoder, or None (ResNet-50's are torchvision's IMAGENET1K_V2); and train.py's default optimizer
-# and batch. The batch should fit 16 GB with crops of 512 x 1024.
 Spec = namedtuple("Spec", "build url optimizer batch")
-TORCHVISION = "https://download.pytorch.org/models"
-CONVNEXT = "https://dl.fbaipublicfiles.com/convnext"
 SPECS = {
-    "resnet18": Spec(lambda classes: UNet(ResNet(BasicBlock, (2, 2, 2, 2)), classes),
-                     f"{TORCHVISION}/resnet18-f37072fd.pth", "sgd", 8),
-    "resnet34": Spec(lambda classes: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet34-b627a593.pth", "sgd", 8),
-    "resnet50": Spec(lambda classes: UNet(ResNet(Bottleneck, (3, 4, 6, 3)), classes),
-                     f"{TORCHVISION}/resnet50-11ad3fa6.pth", "sgd", 8),
+    "resnet18": Spec(lambda n: UNet(ResNet(BasicBlock, (2, 2, 2, 2)), n),
+                     "https://download.pytorch.org/models/resnet18-f37072fd.pth", "sgd", 8),
+    "resnet34": Spec(lambda n: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), n),
+                     "https://download.pytorch.org/models/resnet34-b627a593.pth", "sgd", 8),
+    "resnet50": Spec(lambda n: UNet(ResNet(Bottleneck, (3, 4, 6, 3)), n),
+                     "https://download.pytorch.org/models/resnet50-11ad3fa6.pth", "sgd", 8),
     "convnext_tiny": Spec(
-        lambda classes: UNet(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), classes),
-        f"{CONVNEXT}/convnext_tiny_1k_224_ema.pth", "adamw", 8),
+        lambda n: UNet(ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), n),
+        "https://dl.fbaipublicfiles.com/convnext/convnext_tiny_1k_224_ema.pth", "adamw", 8),
     "convunext": Spec(ConvUNeXt, None, "adamw", 4),
 }
 MODELS = list(SPECS)
@@ -407,7 +408,7 @@ def build_model(name, num_classes=19, pretrained=False):
     forward: float N x 3 x H x W, normalized with ImageNet's mean and standard deviation ->
     float32 logits N x num_classes x H x W, for any H and W. With `pretrained`, the encoder has
     ImageNet weights. Raises ValueError for an unknown name, or if no weights are published for
-    it, and OSError if they cannot be downloaded.
+    it, and OSError if they cannot be loaded.
     """
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
@@ -423,38 +424,31 @@ def build_model(name, num_classes=19, pretrained=False):
 def load_imagenet(encoder, url):
     """Load published ImageNet weights into `encoder`; torch.hub downloads and caches the file.
 
-    torchvision's file names contain the first digits of a SHA-256 hash, which torch.hub verifies.
-    ConvNeXt's does not. Loading cannot execute code (weights_only). Raises OSError that names the
-    URL and torch.hub's folder if the weights cannot be loaded.
+    The ResNet downloads are verified against the start of the SHA-256 hash in their URL. The
+    ConvNeXt download is not, because its URL contains no hash. Loading cannot execute code.
+    Raises OSError if the weights cannot be loaded.
     """
-    folder = f"{torch.hub.get_dir()}/checkpoints"
-    classifier = ("fc.", "norm.", "head.")          # published layers that the encoder lacks
     if torch.hub.HASH_REGEX.search(url) is None:
         print(f"{url}: has no hash in its name, so the download is not verified", flush=True)
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
         state = state.get("model", state)           # ConvNeXt's file wraps its weights
+        classifier = ("fc.", "norm.", "head.")      # published layers that the encoder lacks
         state = {k: v for k, v in state.items() if not k.startswith(classifier)}
         encoder.load_state_dict(state)
     except Exception as error:                      # no network, a full disk, a broken file, ...
         reason = " ".join(str(error).split())[:200]
         raise OSError(
-            f"cannot load ImageNet weights from {url} ({type(error).__name__}: {reason}); "
-            f"download that file into {folder} yourself, or use --no-pretrained") from error
+            f"cannot load ImageNet weights from {url} ({type(error).__name__}: {reason}); download "
+            f"that file into {torch.hub.get_dir()}/checkpoints yourself, or use --no-pretrained"
+        ) from error
 
 
-# -------------------------------------------------------------------------- speed on the CPU
-
-# Skip this at first: it computes what nn.Conv2d computes, and makes training on a CPU faster.
-
+# ---------------------------------------------------------------- depthwise convolution on a CPU
 
 class DepthwiseConv(nn.Conv2d):
-    """nn.Conv2d(C, C, 7, padding=3, groups=C) with a faster gradient of the weight on a CPU."""
-
-    def __init__(self, channels, padding_mode="zeros"):
-        super().__init__(channels, channels, 7, padding=3, groups=channels,
-                         padding_mode=padding_mode)
+    """nn.Conv2d(C, C, 7, padding=3, groups=C), trained on a CPU with `FastDepthwise`."""
 
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_grad_enabled():
@@ -464,11 +458,15 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class FastDepthwise(torch.autograd.Function):
-    """F.conv2d(x, weight, bias, groups=C) for a 7x7 kernel; x is padded already.
+    """y = F.conv2d(x, weight, bias, groups=C): N x C x (H + 6) x (W + 6) -> N x C x H x W.
 
-    On a CPU, oneDNN's weight gradient is fast only for kernels up to 3 columns wide. So the 7
-    columns are split into 3 + 3 + 1, and the gradient of each part is computed by itself. Forward
-    and backward of ConvUNeXt take 0.18 s instead of 0.26 s (2 x 3 x 128 x 256, bfloat16, 2 cores).
+    In each channel, y and the gradient of the loss L (also summed over the images) are
+
+        y[r, c]          = bias + sum_ij weight[i, j] x[r + i, c + j]           i, j = 0 ... 6
+        dL/dweight[i, j] = sum_rc dL/dy[r, c] x[r + i, c + j]
+
+    On a CPU, PyTorch computes the second sum fast only for kernels of up to 3 columns. No column j
+    depends on another one, so `backward` computes the 7 columns in three parts, 3 + 3 + 1.
     """
 
     @staticmethod
@@ -477,17 +475,13 @@ class FastDepthwise(torch.autograd.Function):
         return F.conv2d(x, weight, bias, groups=len(weight))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad):                        # grad is dL/dy, bfloat16 under autocast
         x, weight = ctx.saved_tensors
-        # Under autocast, grad is bfloat16. PyTorch casts what is returned to the inputs' types.
         x, weight = x.to(grad.dtype), weight.to(grad.dtype)
-        channels = len(weight)
+        channels, width = len(weight), grad.shape[3]
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
-        for first, columns in (0, 3), (3, 3), (6, 1):           # of the kernel
-            # This part sees only the input columns first ... end - 1.
-            end = first + columns - 1 + grad.shape[3]
-            part = conv2d_weight(x[..., first:end], (channels, 1, 7, columns), grad,
-                                 groups=channels)
-            parts.append(part)
+        for j, columns in (0, 3), (3, 3), (6, 1):
+            x_part = x[..., j:j + columns - 1 + width]          # what these kernel columns see
+            parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
         return grad_x, torch.cat(parts, dim=3), grad.sum((0, 2, 3))
