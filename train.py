@@ -381,9 +381,11 @@ def prepare_out(out, args, train_set):
     rows = []
     for index, (train_id, frames) in enumerate(train_set.donors.items()):
         image, label = train_set.read(index)
-        donor_image, donor_label = train_set.read(frames[0])
+        largest = train_set.pixels[frames, train_id].argmax()
+        donor_image, donor_label = train_set.read(frames[largest])
         pasted, new_label = copy_blob(image, label, donor_image, donor_label, train_id)
-        rows.append([("before", np.asarray(image)), (CLASSES[train_id].name, np.asarray(pasted)),
+        rows.append([("before", np.asarray(image)),
+                     (f"CopyBlob of a {CLASSES[train_id].name}", np.asarray(pasted)),
                      ("new label", PALETTE[np.asarray(new_label)])])
     if rows:
         picture_grid(rows).save(out / "copyblob.png")
