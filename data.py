@@ -347,7 +347,8 @@ def find_donors(pixels):
             donors[train_id] = frames
     if not donors:
         raise ValueError("--copyblob has nothing to paste: no training frame shows wall, fence, "
-                         f"bus or train on {LEAST_SHARE:.1%} of its labeled pixels")
+                         f"bus or train on {LEAST_SHARE:.1%} of its labeled pixels; for other "
+                         "classes, edit RARE and IN_FRONT in data.py")
     return donors
 
 
@@ -456,7 +457,7 @@ def ignore_stop_signals(worker):
 
 
 def kill_workers():
-    """Kill the workers that are left when the program ends: PyTorch's SIGTERM does not end them."""
+    """Kill the workers that are left at the end of the program: they ignore PyTorch's SIGTERM."""
     if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report their end as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

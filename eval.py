@@ -73,7 +73,8 @@ def pick_amp(name, device):
         fastest = "bf16" if has_bf16 else "fp16"
     elif device.type == "cpu":
         has_bf16 = True
-        if torch.cpu.get_capabilities().get("amx_bf16"):
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # torch 2.6 has none
+        if capabilities.get("amx_bf16"):
             fastest = "bf16"
     if name == "auto":
         name = fastest
@@ -223,8 +224,8 @@ def load_weights(model, saved, path, new_head=False):
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: its weights, of {saved['settings']['model']} with {classes} "
-                         f"classes, do not fit this network with {len(CLASSES)} classes as unet.py "
-                         "and data.py define it") from error
+                         f"classes, do not fit the network of --model with {len(CLASSES)} classes"
+                         ) from error
 
 
 def find_data(settings):
@@ -310,6 +311,7 @@ def comparison(names, results):
     width = 2 + max(7, *map(len, names))
 
     def line(title, texts):
+        # A score has room for a *, so that the digits of a column are in line.
         return f"{title:18s}" + "".join(text.ljust(6).rjust(width) for text in texts)
 
     rows = []
@@ -685,7 +687,7 @@ def path_option(text):
     """A type for argparse: a path. An empty one, as of an unset shell variable, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(os.path.expanduser(text))
+    return os.path.expanduser(text)
 
 
 def command_line(main):
@@ -719,7 +721,7 @@ def parse_args(argv=None):
         help="root of the dataset (default: that of the training, of the first checkpoint)")
     add("--split", default="val", metavar="NAME",
         help="split to evaluate: train, val, test or another folder (default: val)")
-    add("--out", type=path_option, default=Path("eval"), metavar="FOLDER",
+    add("--out", type=path_option, default="eval", metavar="FOLDER",
         help="where results are written, over files of the same names (default: eval)")
     add("--tta", action="store_true",
         help="average predictions over three scales and flips; 6 times slower")
@@ -737,6 +739,9 @@ def parse_args(argv=None):
     add("--workers", type=number_in(0, 1000, int), metavar="N",
         help="processes that read frames (default: up to 8; on a CPU 0)")
     args = parser.parse_args(argv)
+    for name in "out", "images", "labels_out":
+        if getattr(args, name):
+            setattr(args, name, Path(getattr(args, name)))
     if not args.ckpt:
         raise ValueError("no checkpoint is given; train.py writes one: --ckpt best.pt")
     if len(args.ckpt) > 1 and (args.images or args.labels_out):

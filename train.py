@@ -6,10 +6,11 @@
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
---resume needs; log.csv, one row for each epoch; curves.png, a picture of it.
+--resume needs; log.csv, one row for each epoch; curves.png, a picture of it; with --copyblob also
+copyblob.png, which shows what is pasted.
 
 `main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
-the loop. The functions above it are its parts, in this order.
+the loop. The functions above it are its parts.
 
 Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
 optimizer, scaler, position, log), and all that is random follows from the seed and the position:
@@ -69,7 +70,7 @@ COMMON_DEFAULTS = {
 }
 # Options that may be changed on resume, although some of them change the results of the run.
 MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "save_minutes",
-              "val_every", "out", "resume"}
+              "val_every"}
 
 
 def parse_args(argv=None):
@@ -135,8 +136,8 @@ def choose_options(args, saved):
     if there is no other data. Raises ValueError if a typed option may not change on resume.
     """
     args.data = args.data or find_data(saved)
-    if args.init:
-        args.init = str(args.init)                  # checkpoints hold plain values
+    if saved:
+        saved = {**COMMON_DEFAULTS, **saved}        # an option may be newer than the run
     for name, value in saved.items():
         typed = getattr(args, name, None)
         if typed is None:
@@ -168,7 +169,7 @@ def choose_options(args, saved):
         height, width = Cityscapes(args.data, "val")[0][1].shape
         args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
     rest = {"epochs": defaults["epochs"], "scale": defaults["scale"],
-            "lr": defaults["sgd_lr_per_frame"] * args.batch,
+            "lr": defaults["sgd_lr_per_frame"] * args.batch,        # AdamW has its own, below
             **OPTIMIZER_DEFAULTS[args.optimizer], **COMMON_DEFAULTS}
     for name, value in rest.items():
         if getattr(args, name) is None:
@@ -349,23 +350,22 @@ def write(data, path):
         raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def save(path, args, run, model, optimizer, scaler):
-    """Write best.pt or last.pt, on rank 0. Raises FloatingPointError if weights are not finite.
+def save(path, args, run, model, parts):
+    """Write best.pt or last.pt on rank 0.
 
     best.pt holds the weights of the best validation mIoU, last.pt those of the last step. eval.py
     and --init take "model", the weights, and "settings", the options, from either. --resume needs
-    all of last.pt: "model", "optimizer" and "scaler", which every step changes, and the values of
-    `run`, the position (see `main`).
+    all of last.pt: "model" and the states of `parts`, which every step changes, and the values of
+    `run` (see `main`), of which eval.py uses some: epoch, miou, log, frame_size.
     """
-    weights = model.state_dict()
-    check_finite(scaler, [run.loss_sum, *weights.values()])
     if rank() != 0:
         return
+    weights = model.state_dict()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     checkpoint = {"model": weights, "settings": settings, **vars(run)}
     if path.name == "last.pt":
-        checkpoint["optimizer"] = optimizer.state_dict()        # momentum, averages of AdamW
-        checkpoint["scaler"] = scaler.state_dict()              # of float16
+        for name, part in parts.items():
+            checkpoint[name] = part.state_dict()
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write(buffer.getbuffer(), path)
@@ -378,7 +378,7 @@ def prepare_out(out, args, train_set):
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = []                                       # frame 0 with the first class, 1 with the next
     for index, (train_id, frames) in enumerate(train_set.donors.items()):
         image, label = train_set.read(index)
         largest = train_set.pixels[frames, train_id].argmax()
@@ -400,7 +400,7 @@ def move_earlier_run():
     if "last.pt" in found or "best.pt" in found:
         saved = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))
         name = f"{saved['settings']['model']}-{saved['settings']['loss']}"
-        is_finished = saved["epoch"] == saved["settings"]["epochs"]
+        is_finished = "last.pt" not in found or saved["epoch"] == saved["settings"]["epochs"]
     folder, number = Path("runs", name), 1
     while folder.exists():
         number += 1
@@ -556,7 +556,7 @@ def describe(args, device, dtype, num_frames):
             f"{dtype or torch.float32}")
 
 
-def restore(last, run, optimizer, scaler, args, total_steps):
+def restore(last, args, run, parts, total_steps):
     """Continue from a last.pt. Raises ValueError if it does not fit these frames and options."""
     if "optimizer" not in last:
         raise ValueError("--resume: the file has the weights of a run, but not the rest; resume "
@@ -568,9 +568,9 @@ def restore(last, run, optimizer, scaler, args, total_steps):
     if last["step"] > total_steps:
         raise ValueError(f"--epochs {args.epochs}: the run has trained {last['step']} steps, which "
                          f"are more than {args.epochs} epochs")
-    optimizer.load_state_dict(last["optimizer"])
-    if scaler.is_enabled() and last["scaler"]:
-        scaler.load_state_dict(last["scaler"])
+    for name, part in parts.items():
+        if last[name]:                              # a scaler that is not active has no state
+            part.load_state_dict(last[name])
     for name, value in vars(run).items():
         if torch.is_tensor(value):
             value.copy_(last[name])                 # to the device of this run
@@ -583,12 +583,12 @@ def main(argv=None):
     """Run one command line (default: sys.argv) -> the rows of log.csv."""
     # Options and device. A run that continues has the options saved in its last.pt.
     args = parse_args(argv)
-    out, last, saved = args.out or Path("."), None, {}
+    out, last, saved = Path(args.out or "."), None, {}
     if args.resume is True and not (out / "last.pt").exists():
         args.resume = None                          # a bare --resume, and nothing to continue
     if args.resume:
         path = find_checkpoint(out if args.resume is True else args.resume, ["last.pt"])
-        if args.out and args.out.resolve() != path.parent.resolve():
+        if args.out and out.resolve() != path.parent.resolve():
             raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
         out, last = path.parent, load_checkpoint(path)
         saved = last["settings"]
@@ -610,6 +610,7 @@ def main(argv=None):
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
     # loss, divides the gradients again, and leaves a step out if they overflowed.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    parts = {"optimizer": optimizer, "scaler": scaler}          # their states are in last.pt
 
     # Position. After a stop during the validation, all steps of the epoch are done, but run.epoch
     # is not yet increased: the loop then finds no batches left, and validates again.
@@ -624,16 +625,17 @@ def main(argv=None):
         num_frames=num_frames,                      # must be equal on resume
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
-        restore(last, run, optimizer, scaler, args, total_steps)
+        restore(last, args, run, parts, total_steps)
         if not (out / "best.pt").exists():          # only last.pt was copied: write a new one
             run.best_miou = -1.0
-    if on_any_rank(run.step > 0) and run.step == 0:
+    if on_any_rank(run.step > 0) and run.step == 0:         # all ranks call on_any_rank
         raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     began, saved_at = time.monotonic() - run.seconds, time.monotonic()
 
     def save_as(name):
         run.seconds = time.monotonic() - began      # as if the run had never stopped
-        save(out / name, args, run, model, optimizer, scaler)
+        check_finite(scaler, [run.loss_sum, *model.state_dict().values()])
+        save(out / name, args, run, model, parts)
 
     def step_line(number):
         check_finite(scaler, [run.loss_sum])
@@ -683,8 +685,10 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
                 asked = time.monotonic()
-            seconds = max(time.monotonic() - started, 1e-9)             # 0 s if no batch was left
-            run.images_per_s, run.data_wait = len(batches) * args.batch / seconds, waited / seconds
+            if batches:                             # else a stop came during the validation
+                seconds = time.monotonic() - started
+                run.images_per_s = len(batches) * args.batch / seconds
+                run.data_wait = waited / seconds
             save_as("last.pt")                      # a stop during the validation loses nothing
 
             matrix = torch.zeros(len(CLASSES), len(CLASSES))
