@@ -533,7 +533,7 @@ def draw_scene(rng):
                 y = HORIZON + zoom * CAMERA - bottom
                 for x in sorted({center - side, center + side}):        # one x if side is 0
                     paint(name, shape, color, [(x - width / 2, y - height), (x + width / 2, y)])
-    label_pen.rectangle([(0, 124), (256, 128)], IGNORE)         # as the own hood in Cityscapes
+    label_pen.rectangle([(0, 124), (256, 128)], IGNORE)         # like the car's hood in Cityscapes
     light = rng.uniform(.7, 1.1) * (1 + rng.normal(0, .03, 3))
     image = light * np.asarray(image) + rng.normal(0, 8, (128, 256, 3))
     return image.clip(0, 255).astype(np.uint8), np.asarray(label)

@@ -706,7 +706,7 @@ def command_line(main):
         message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
         message = re.sub(r"^\w+Error: ", "", message)
         if isinstance(error, torch.OutOfMemoryError):
-            message = f"out of GPU memory: lower --batch or --crop, or use no --tta ({message})"
+            message = f"out of GPU memory: lower --batch or --crop, or omit --tta ({message})"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -747,7 +747,7 @@ def parse_args(argv=None):
     if len(args.ckpt) > 1 and (args.images or args.labels_out):
         raise ValueError("--images and --labels-out need exactly one --ckpt")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError("each process of torchrun would do the same work; use python eval.py")
+        raise ValueError("torchrun would repeat the same work in each process; use python eval.py")
     return args
 
 

@@ -12,8 +12,8 @@ copyblob.png, which shows what is pasted.
 `main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
 the loop. The functions above it are its parts.
 
-Why a resumed run ends like one that never stopped: last.pt holds all that changes (weights,
-optimizer, scaler, position, log), and all that is random follows from the seed and the position:
+Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
+optimizer, scaler, position, log), and every random choice follows from the seed and the position:
 the order of the frames (data.epoch_batches), their crops (data.Cityscapes), stochastic depth
 (seed_step). On a GPU, or with more than two processes, sums are added in another order each time,
 so that results match only up to rounding.
@@ -222,8 +222,9 @@ def build_network(args, device, last):
 
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
-    ranks in backward(), so that all ranks take the same step. On GPUs, SyncBatchNorm normalizes
-    over the frames of all of them. PyTorch has none for CPUs.
+    ranks in backward(), so that all ranks take the same step. Each loss is a mean over the pixels
+    of its own rank, so the result differs a little from that of one process with the whole batch.
+    On GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs.
     """
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and rank() == 0       # one download is enough
@@ -324,7 +325,7 @@ def check_finite(scaler, tensors):
     are_finite = [tensor.isfinite().all() for tensor in tensors]
     if not torch.stack(are_finite).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
-                                 "--amp off; last.pt, if there is one, is of an earlier step")
+                                 "--amp off; last.pt, if there is one, holds an earlier step")
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise FloatingPointError("the float16 gradients always overflow; use --amp off or bf16, "
                                  "or lower --lr")
@@ -592,7 +593,7 @@ def main(argv=None):
             raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
         out, last = path.parent, load_checkpoint(path)
         saved = last["settings"]
-    elif args.out and any((out / name).exists() for name in RUN_FILES):
+    elif args.out and any((out / name).exists() for name in RUN_FILES[:3]):
         raise ValueError(f"{out.resolve()} holds another run; choose another --out, or continue "
                          f"that run with --resume {out}")
     device = set_up_device(args.device or saved.get("device", "auto"))
@@ -676,10 +677,11 @@ def main(argv=None):
                 run.step += 1
                 run.miou = None
                 run.loss_sum += mean_over_ranks(loss.detach())
-                if run.step == 1:                   # only now is it known that the run works
+                if run.step == 1:                   # the run works, so its files may be written
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
-                if must_stop or time.monotonic() - saved_at > 60 * args.save_minutes:
+                save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
+                if run.step == 1 or must_stop or save_is_due:
                     save_as("last.pt")
                     saved_at = time.monotonic()
                 if must_stop:
