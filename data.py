@@ -307,7 +307,8 @@ def jitter(image, rng):
     With gray = 0.299 R + 0.587 G + 0.114 B:
         y = saturation * x + (1 - saturation) * gray
         z = brightness * (contrast * (y - 128) + 128)
-    Both are affine in R, G, B, so one 3 x 4 color matrix does both.
+    Together: z = brightness * contrast * y + brightness * (1 - contrast) * 128. It is affine in R,
+    G, B, so one 3 x 4 color matrix does it.
     """
     brightness, contrast, saturation = rng.uniform(1 - JITTER, 1 + JITTER, 3)
     gray = np.tile([0.299, 0.587, 0.114], (3, 1))               # 3 x 3: each row gives the gray
@@ -444,6 +445,7 @@ def make_loader(dataset, workers, device, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
             options.setdefault("multiprocessing_context", "fork")
+        # The workers ignore SIGTERM. PyTorch would send it at the end, and wait for them forever.
         atexit.unregister(kill_workers)             # so that it is registered only once
         atexit.register(kill_workers)
     return torch.utils.data.DataLoader(dataset, num_workers=workers,

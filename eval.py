@@ -160,7 +160,7 @@ def progress(items, describe):
         start, end, pause = "\r\033[K", "", 0.5
     shown_at = time.monotonic()
     for number, item in enumerate(items, start=1):
-        yield item
+        yield item                                  # the loop runs its body before it goes on here
         if time.monotonic() - shown_at > pause:
             print(start + describe(number), end=end, flush=True)
             shown_at = time.monotonic()
@@ -213,7 +213,9 @@ def load_weights(model, saved, path, new_head=False):
     layer, and one line says so. Raises ValueError if the weights do not fit.
     """
     weights, own = dict(saved["model"]), model.state_dict()
-    bias = "head.bias" if "head.bias" in own else "out_conv.0.bias"     # one value for each class
+    bias = "head.bias"                              # of the last layer: one value for each class
+    if bias not in own:
+        bias = "out_conv.0.bias"                    # its name in ConvUNeXt
     classes = len(weights.get(bias, []))
     if new_head and 0 < classes != len(own[bias]):
         for name in bias, bias.replace("bias", "weight"):
@@ -232,7 +234,7 @@ def find_data(settings):
     """The root of the data of a run. If there is none, or it is gone: $CITYSCAPES_DATASET."""
     folder, variable = settings.get("data"), os.environ.get("CITYSCAPES_DATASET")
     if folder is None or (variable and not Path(folder).exists()):
-        return variable
+        return variable and os.path.expanduser(variable)
     return folder
 
 

@@ -132,6 +132,7 @@ def parse_args(argv=None):
 def choose_options(args, saved):
     """Fill in the options that were not typed: the saved ones on resume, else the defaults.
 
+    First come those on which other defaults depend: the data, the model, the optimizer, the batch.
     args: see `parse_args`; saved: the "settings" of a last.pt, or {}. Draws the generated scenes
     if there is no other data. Raises ValueError if a typed option may not change on resume.
     """
@@ -582,7 +583,8 @@ def restore(last, args, run, parts, total_steps):
 
 def main(argv=None):
     """Run one command line (default: sys.argv) -> the rows of log.csv."""
-    # Options and device. A run that continues has the options saved in its last.pt.
+    # Options and device. --resume PATH continues that run; a bare --resume the one in --out if it
+    # has a last.pt. A run that continues takes its options from last.pt.
     args = parse_args(argv)
     out, last, saved = Path(args.out or "."), None, {}
     if args.resume is True and not (out / "last.pt").exists():
@@ -629,7 +631,7 @@ def main(argv=None):
         restore(last, args, run, parts, total_steps)
         if not (out / "best.pt").exists():          # only last.pt was copied: write a new one
             run.best_miou = -1.0
-    if on_any_rank(run.step > 0) and run.step == 0:         # all ranks call on_any_rank
+    if on_any_rank(run.step > 0) and run.step == 0:     # another rank found last.pt, this one not
         raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     began, saved_at = time.monotonic() - run.seconds, time.monotonic()
 

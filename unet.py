@@ -484,7 +484,8 @@ class FastDepthwise(torch.autograd.Function):
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
         for j, columns in (0, 3), (3, 3), (6, 1):
-            # These kernel columns see only a part of x. Columns 3, 4, 5: x[..., 3 : 3 + W + 2].
+            # Column j of the kernel sees x[..., j : j + W]; this one and the next k - 1 columns
+            # together see x[..., j : j + k - 1 + W].
             x_part = x[..., j:j + columns - 1 + width]
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
         return grad_x, torch.cat(parts, dim=3), grad.sum((0, 2, 3))
