@@ -61,8 +61,8 @@ TRAIN_TO_LABEL[:len(CLASSES)] = LABEL_IDS
 
 # ----------------- reading pictures: each error is an OSError or ValueError that names the file
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet, R G B, for values in [0, 1]
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+MEAN = (0.485, 0.456, 0.406)                        # of ImageNet, R G B, for values in [0, 1]
+STD = (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)                        # 255 * MEAN: pads images
 PHOTO_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]          # not EPS: it runs Ghostscript
 TRAIN_IDS_FILE = re.compile(r"(.+)_gtFine_labelTrainIds\.png", re.IGNORECASE)
@@ -70,11 +70,14 @@ TRAIN_IDS_FILE = re.compile(r"(.+)_gtFine_labelTrainIds\.png", re.IGNORECASE)
 
 def normalize(images):
     """uint8 N x 3 x H x W -> float32 on its device, (image - mean) / std, channels_last memory."""
-    result = torch.empty_like(images, dtype=torch.float32, memory_format=torch.channels_last)
-    mean, std = (255 * MEAN).tolist(), (255 * STD).tolist()     # for values in [0, 255]
-    for channel in range(3):
-        result[:, channel] = (images[:, channel] - mean[channel]) / std[channel]
-    return result
+    mean, std = mean_and_std(images.device)
+    return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache                    # a GPU would have to wait for a copy in each step
+def mean_and_std(device):
+    """MEAN and STD for values in [0, 255], each 1 x 3 x 1 x 1, on a device."""
+    return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)]
 
 
 def read_picture(path, formats):
