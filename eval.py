@@ -447,7 +447,7 @@ def confusion_picture(matrix, title):
             color = 255 - (255 - full) * math.sqrt(share)           # white for 0
             x, y = left + cell * j, top + cell * i
             pen.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(color.astype(int).tolist()))
-            if share >= 0.005:
+            if share > 0.005:
                 text_color = "white" if share > 0.3 else "black"
                 pen.text((x + cell // 2, y + cell // 2), f"{100 * share:.0f}", text_color, FONT,
                          anchor="mm")
@@ -558,7 +558,7 @@ def short_names(paths):
     """A short name for each checkpoint: its folder, and the file where folders are equal."""
     names = []
     for path in paths:
-        name = path.resolve().parent.name
+        name = path.parent.name or path.stem        # "best" for best.pt in the current folder
         if name in names:
             name = f"{name}_{path.stem}"
         if name in names:
@@ -579,8 +579,9 @@ def score_split(ckpts, device, dtype, args):
     names = short_names([ckpt["path"] for ckpt in ckpts])
     results, pictured = [], []
     for name, ckpt in zip(names, ckpts):
-        print(f"\n{ckpt['path']}: {ckpt['settings']['model']}, loss {ckpt['settings']['loss']}, "
-              f"epoch {ckpt['epoch']}")
+        settings = ckpt["settings"]
+        print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
+              f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
         out = args.out / name if len(ckpts) > 1 else args.out
         result, frames = score_checkpoint(ckpt, dataset, out, device, dtype, args)
         results.append(result)
@@ -655,7 +656,7 @@ def predict_photos(ckpt, device, dtype, args):
             failures += 1
     if failures < len(photos):
         print(predicted_shares(pixels))
-    print(f"results: {args.out}/*_color.png and *_overlay.png; legend.png names the colors")
+        print(f"results: {args.out}/*_color.png and *_overlay.png; legend.png names the colors")
     if failures > 0:
         raise OSError(f"{failures} of {len(photos)} photos failed, see above")
 
@@ -746,6 +747,8 @@ def parse_args(argv=None):
             setattr(args, name, Path(getattr(args, name)))
     if not args.ckpt:
         raise ValueError("no checkpoint is given; train.py writes one: --ckpt best.pt")
+    if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
+        raise ValueError(f"--out {args.out} holds a run of train.py; choose another folder")
     if len(args.ckpt) > 1 and (args.images or args.labels_out):
         raise ValueError("--images and --labels-out need exactly one --ckpt")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:

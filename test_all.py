@@ -1390,6 +1390,7 @@ def test_bad_command_lines_are_one_line():
         (evaluation, f"--ckpt {good} {good} --labels-out {out}", "--labels-out"),
         (evaluation, f"--ckpt {good} --images {FOLDER}/none", "none: no such file or folder"),
         (evaluation, f"--ckpt {good} --panels 0", "--panels"),
+        (evaluation, f"--ckpt {good} --out {good}", "holds a run"),
         (evaluation, f"--ckpt {good} --split validation", "splits there: train, val")]
     for name in "junk", "cut", "hostile", "u-net", "missing":
         for module, option in (train, "--resume"), (train, "--init"), (evaluation, "--ckpt"):

@@ -193,7 +193,8 @@ def build_data(args, device):
         if dataset.unused:
             say(describe_unused(dataset.unused))
     if args.batch > len(train_set):
-        raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames")
+        raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames; "
+                         "lower it")
     if args.batch % world_size() != 0:
         raise ValueError(f"--batch {args.batch} cannot be divided among {world_size()} processes")
 
@@ -402,6 +403,8 @@ def move_earlier_run():
     if "last.pt" in found or "best.pt" in found:
         saved = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))
         name = f"{saved['settings']['model']}-{saved['settings']['loss']}"
+        if saved["settings"].get("copyblob"):
+            name += "-copyblob"
         is_finished = "last.pt" not in found or saved["epoch"] == saved["settings"]["epochs"]
     folder, number = Path("runs", name), 1
     while folder.exists():
