@@ -335,7 +335,7 @@ def check_finite(scaler, tensors):
 
 # ---------------------------------------------------------------------- the files of the run
 
-RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
+RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"      # the first 3: a run
 
 
 def write(data, path):
@@ -643,7 +643,7 @@ def main(argv=None):
         check_finite(scaler, [run.loss_sum, *model.state_dict().values()])
         save(out / name, args, run, model, parts)
 
-    def step_line(number):
+    def step_line(number):                          # `started` is set in the loop, at each epoch
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number
