@@ -4,7 +4,6 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
 
     leftImg8bit/<split>/<city>/<city>_<seq>_<frame>_leftImg8bit.png         RGB, 1024 x 2048
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png          label ids, 8 bits
-                                         (or: ..._gtFine_labelTrainIds.png, train ids)
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated and renumbered as train
 ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore. So
@@ -22,7 +21,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -65,7 +63,6 @@ MEAN = (0.485, 0.456, 0.406)                        # of ImageNet, R G B, for va
 STD = (0.229, 0.224, 0.225)
 MEAN_COLOR = (124, 116, 104)                        # 255 * MEAN: pads images
 PHOTO_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]          # not EPS: it runs Ghostscript
-TRAIN_IDS_FILE = re.compile(r"(.+)_gtFine_labelTrainIds\.png", re.IGNORECASE)
 
 
 def normalize(images):
@@ -93,33 +90,25 @@ def read_picture(path, formats):
 
 
 def read_image(path):
-    """Read a photo of 8 or 16 bits per channel (also gray, palette, alpha) -> RGB Pillow image."""
+    """Read a photo, also gray, palette, or with alpha -> RGB Pillow image."""
     picture = read_picture(path, PHOTO_FORMATS)
-    if picture.mode in ("I", "F"):
-        raise ValueError(f"{path}: has 32-bit pixels; convert it to 8 bits per channel")
-    if picture.mode.startswith("I;16"):             # 16 bits of gray: keep the upper 8
-        upper_bits = np.asarray(picture) >> 8
-        picture = Image.fromarray(upper_bits.astype(np.uint8))
+    if picture.mode[0] in "IF":                     # Pillow's modes I, F, I;16 and the like
+        raise ValueError(f"{path}: has {picture.mode} pixels; convert it to 8 bits per channel")
     return picture.convert("RGB")
 
 
 def read_label(path):
-    """Read a label PNG -> Pillow image (mode L) of train ids, 255 = ignored.
-
-    A file named *_gtFine_labelTrainIds.png holds train ids already; any other holds label ids.
-    """
+    """Read a PNG of label ids -> Pillow image (mode L) of train ids, 255 = ignored."""
     label = read_picture(path, ["PNG"])
     if label.mode != "L":
         raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
                          "Cityscapes' *_gtFine_labelIds.png files, or save ids, not colors")
-    has_train_ids = TRAIN_IDS_FILE.fullmatch(Path(path).name)
-    largest = len(CLASSES) - 1 if has_train_ids else max(LABEL_IDS)
     pixels = label.histogram()                      # of each value, 256
-    wrong = [value for value in range(largest + 1, IGNORE) if pixels[value] > 0]
+    wrong = [value for value in range(max(LABEL_IDS) + 1, IGNORE) if pixels[value] > 0]
     if wrong:
-        raise ValueError(f"{path}: has the values {wrong[:5]}, but ids are 0 ... {largest} or 255; "
-                         "correct the file, or CLASSES in data.py")
-    return label if has_train_ids else label.point(LABEL_TO_TRAIN.tolist())
+        raise ValueError(f"{path}: has the values {wrong[:5]}, but label ids are 0 ... "
+                         f"{max(LABEL_IDS)} or 255; correct the file, or CLASSES in data.py")
+    return label.point(LABEL_TO_TRAIN.tolist())
 
 
 # ------------------------------------------------------------------------------------ dataset
@@ -131,34 +120,26 @@ COMPANIONS = re.compile(r".+_gtFine_(color|polygons|(label|instance)(Train)?Ids)
 
 
 def list_folder(folder):
-    """The entries of a folder by name, without hidden ones (".", "._"); none if it is missing."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except FileNotFoundError:
+    """The Paths in a folder, sorted, without hidden ones (".", "._"); none if it is missing."""
+    if not folder.exists():
         return []
-    return [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def find_files(folder, pattern, known=None):
+def find_files(folder, pattern):
     """Find folder/<city>/<file>, where `pattern` matches <file> and its group 1 is the frame.
-
     -> dict {"<city>/<frame>": Path}, sorted, and the Paths of all else that lies there, also of
-    links without a target, but not of files that match `known`.
-    """
+    links without a target, but not of COMPANIONS."""
     files, unused = {}, []
     for city in list_folder(folder):
-        if not city.is_dir():
-            unused.append(Path(city.path))
-            continue
-        for entry in list_folder(city.path):
-            path = Path(entry.path)
-            match = pattern.fullmatch(entry.name)
-            if match and entry.is_file():
+        for path in list_folder(city) if city.is_dir() else [city]:
+            match = pattern.fullmatch(path.name)
+            if match and path.is_file() and path != city:
                 name = f"{city.name}/{match[1]}"
                 if name in files:                   # x.jpg, then x.png: the last one is read
                     unused.append(files[name])
                 files[name] = path
-            elif match or known is None or not known.fullmatch(entry.name):
+            elif match or not COMPANIONS.fullmatch(path.name):
                 unused.append(path)
     return files, unused
 
@@ -173,37 +154,29 @@ class Cityscapes(torch.utils.data.Dataset):
 
     Item k = epoch * len + index, so that a frame has new random numbers in each epoch. train.py
     asks for these k; whole frames are items 0 ... len - 1. A split other than train and val may
-    have no labels; then all pixels are 255. Raises FileNotFoundError if files are missing.
-    """
+    have no labels; then all pixels are 255. Raises FileNotFoundError if files are missing."""
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
         root = Path(os.path.expanduser(root))
         self.crop, self.copyblob, self.seed, self.scale = crop, copyblob, seed, scale
         images, unused_images = find_files(root / "leftImg8bit" / split, IMAGE_FILE)
-        label_folder = root / "gtFine" / split
-        labels, unused_labels = find_files(label_folder, LABEL_FILE, COMPANIONS)
-        if not labels:
-            labels, unused_labels = find_files(label_folder, TRAIN_IDS_FILE, COMPANIONS)
+        labels, unused_labels = find_files(root / "gtFine" / split, LABEL_FILE)
         self.unused = unused_images + unused_labels
         hint = f" (not read, for example: {self.unused[0]})" if self.unused else ""
         if not images:
-            splits = ", ".join(entry.name for entry in list_folder(root / "leftImg8bit"))
+            splits = ", ".join(path.name for path in list_folder(root / "leftImg8bit"))
             raise FileNotFoundError(
                 f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png{hint}; splits "
-                f"there: {splits or 'none'}; --data or $CITYSCAPES_DATASET must name the folder "
-                "that holds leftImg8bit and gtFine: unpack leftImg8bit_trainvaltest.zip and "
-                "gtFine_trainvaltest.zip into it")
-        self.has_labels = len(labels) > 0
-        no_label = sorted(images.keys() - labels.keys())
-        no_image = sorted(labels.keys() - images.keys())
-        labels_needed = self.has_labels or split in ("train", "val")
-        if labels_needed and (no_label or no_image):
+                f"there: {splits or 'none'}; unpack leftImg8bit_trainvaltest.zip and "
+                "gtFine_trainvaltest.zip into the folder of --data or $CITYSCAPES_DATASET")
+        unpaired = sorted(images.keys() ^ labels.keys())
+        if unpaired and (labels or split in ("train", "val")):
             raise FileNotFoundError(
-                f"{root}: {len(no_label)} of {len(images)} {split} frames have no label, and "
-                f"{len(no_image)} labels no frame (for example {(no_label + no_image)[0]}); labels "
-                f"must end in _gtFine_labelIds.png, or all in _gtFine_labelTrainIds.png{hint}")
+                f"{root}: {len(unpaired)} files of the {len(images)} {split} frames and "
+                f"{len(labels)} labels have no partner, for example {unpaired[0]}; labels must end "
+                f"in _gtFine_labelIds.png{hint}")
         self.images = list(images.values())
-        self.labels = [labels[name] for name in images if self.has_labels]
+        self.labels = [labels[name] for name in images if labels]       # none in a test split
         self.names = [name.split("/")[1] for name in images]
         self.donors = find_donors(self.pixels) if copyblob > 0 else {}
 
@@ -235,7 +208,7 @@ class Cityscapes(torch.utils.data.Dataset):
     def read(self, index):
         """Frame `index` as two Pillow images of one size: RGB, and train ids (mode L)."""
         image = read_image(self.images[index])
-        if not self.has_labels:
+        if not self.labels:
             return image, Image.new("L", image.size, IGNORE)
         label = read_label(self.labels[index])
         if image.size != label.size:
@@ -245,9 +218,6 @@ class Cityscapes(torch.utils.data.Dataset):
 
 
 # ------------------------------------------------------------------------------- augmentation
-
-JITTER = 0.25                   # brightness, contrast, saturation: each factor is 1 +- JITTER
-
 
 def place_window(length, crop, zoom, rng):
     """Place a window of crop / zoom pixels at random on one axis of a frame of `length` pixels.
@@ -285,8 +255,7 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
         +--------------------+              +-----------+                     w
 
     `zoom` is log-uniform between scale[0] and scale[1]: (0.5, 2) enlarges as often as it reduces.
-    Padding is the mean color, and 255 (ignored) in the label.
-    """
+    Padding is the mean color, and 255 (ignored) in the label."""
     height, width = crop
     zoom = math.exp(rng.uniform(math.log(scale[0]), math.log(scale[1])))
     left, right, crop_left, new_width = place_window(image.width, width, zoom, rng)
@@ -305,15 +274,14 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
 
 
 def jitter(image, rng):
-    """Random brightness, contrast and saturation, each a factor in [1 - JITTER, 1 + JITTER].
+    """Random brightness, contrast and saturation: each factor is between 0.75 and 1.25.
 
     With gray = 0.299 R + 0.587 G + 0.114 B:
         y = saturation * x + (1 - saturation) * gray
         z = brightness * (contrast * (y - 128) + 128)
     Together: z = brightness * contrast * y + brightness * (1 - contrast) * 128. It is affine in R,
-    G, B, so one 3 x 4 color matrix does it.
-    """
-    brightness, contrast, saturation = rng.uniform(1 - JITTER, 1 + JITTER, 3)
+    G, B, so one 3 x 4 color matrix does it."""
+    brightness, contrast, saturation = rng.uniform(0.75, 1.25, 3)
     gray = np.tile([0.299, 0.587, 0.114], (3, 1))               # 3 x 3: each row gives the gray
     matrix = np.zeros((3, 4))
     matrix[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * gray)
@@ -358,11 +326,9 @@ def find_donors(pixels):
 
 def copy_blob(image, label, donor_image, donor_label, train_id):
     """Paste what the donor shows of a class at its own place -> new image and label.
-
     Thin things and people (IN_FRONT) stay visible. All are Pillow images: RGB, train ids (mode L).
     Adapted from CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch, which pastes at random
-    places, and Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177).
-    """
+    places, and Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177)."""
     donor_image = donor_image.resize(image.size, Image.BILINEAR)        # if sizes differ
     donor_label = donor_label.resize(image.size, Image.NEAREST)
     blob = np.asarray(donor_label) == train_id
@@ -375,7 +341,6 @@ def copy_blob(image, label, donor_image, donor_label, train_id):
 
 
 # ------------------------------------------------------------------------------ class weights
-
 
 def count_classes(labels):
     """Count the pixels of each class in each of the label files -> int64 files x classes."""
@@ -394,36 +359,26 @@ def enet_weights(pixels):
 
 def median_weights(pixels):
     """median(f) / f, f: share in the frames that hold the class (Eigen and Fergus, 1411.4734)."""
-    f = np.full(len(CLASSES), np.nan)
-    for train_id in range(len(CLASSES)):
-        frames = pixels[pixels[:, train_id] > 0]    # int frames that hold it x classes
-        if len(frames) > 0:
-            f[train_id] = frames[:, train_id].sum() / frames.sum()
-    return np.nan_to_num(np.nanmedian(f) / f)       # 0 for a class that does not occur
+    in_frames_that_hold_it = (pixels > 0).T @ pixels.sum(axis=1)        # labeled pixels, of C
+    f = pixels.sum(axis=0) / np.maximum(1, in_frames_that_hold_it)
+    return np.where(f > 0, np.median(f[f > 0]) / np.maximum(f, 1e-30), 0)
 
 
 CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 
 def class_weights(pixels, scheme):
-    """int frames x classes -> float32, one per class, or None. ValueError if nothing is labeled."""
-    if scheme == "none":
-        return None
-    if pixels.sum() == 0:
-        raise ValueError("the training labels hold none of the classes; check the files of --data")
+    """int frames x classes -> float32, one for each class; 0 or large for one that never occurs."""
     return torch.tensor(CLASS_WEIGHTS[scheme](pixels), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- loader
 
-
 def epoch_batches(epoch, num_frames, batch, seed):
     """The items (see Cityscapes) of each step of an epoch -> list of lists of ints.
-
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
-    epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers.
-    """
+    epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
     # Samples draw from (seed, epoch, index) with index < num_frames: never from this seed.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
@@ -433,10 +388,8 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
-
     workers: None is 0 on a CPU, as the network itself keeps all cores busy; else this process's
-    share of the cores, at most 8. device: the torch.device that the batches are for.
-    """
+    share of the cores, at most 8. device: the torch.device that the batches are for."""
     if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):        # on Linux: those that this process may use
@@ -446,8 +399,6 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        if sys.platform == "linux":                 # fork is fast, and safe: workers use no GPU
-            options.setdefault("multiprocessing_context", "fork")
         # The workers ignore SIGTERM. PyTorch would send it at the end, and wait for them forever.
         atexit.unregister(kill_workers)             # so that it is registered only once
         atexit.register(kill_workers)
@@ -548,7 +499,7 @@ def make_scenes(root, train=200, val=50, seed=0):
     """Write generated frames as a Cityscapes tree at `root`: the same bytes for the same seed."""
     root = Path(root)
     names = {"road", "sidewalk", "terrain", "sky"}.union(*[row[-1] for row in THINGS])
-    if names != set(TRAIN_ID):
+    if not names <= TRAIN_ID.keys():
         raise ValueError("the generated scenes show Cityscapes' classes, but CLASSES in data.py "
                          "has others; pass your own frames with --data")
     if (root / SCENES_MARK).exists():               # a finished tree stays as it is
@@ -567,5 +518,4 @@ def make_scenes(root, train=200, val=50, seed=0):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
         (tree / SCENES_MARK).write_text(f"Drawn by data.py with seed {seed}.\n")
-        if not (root / SCENES_MARK).exists():       # else another run was first
-            os.replace(tree, root)
+        os.replace(tree, root)

@@ -10,7 +10,6 @@ Every frame is scored at the full size of its label, and one confusion matrix co
 the whole split. Sizes are height x width.
 """
 import argparse
-import csv
 import errno
 import json
 import math
@@ -34,19 +33,13 @@ NAMES = [c.name for c in CLASSES]
 
 # -------------------------------------------------------------------------- device and precision
 
-
 def pick_device(name="auto"):
-    """A torch.device by name; "auto" is cuda if there is one, else mps, else cpu.
-
-    Under torchrun, each process takes the GPU of its LOCAL_RANK. Raises ValueError if the device
-    cannot be used.
-    """
+    """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. Under
+    torchrun, each process takes the GPU of its LOCAL_RANK. ValueError if it cannot be used."""
     if name == "auto":
         name = "cpu"
-        if torch.backends.mps.is_available():
-            name = "mps"
-        if torch.cuda.is_available():
-            name = "cuda"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
     try:
@@ -63,71 +56,50 @@ def pick_device(name="auto"):
 
 def pick_amp(name, device):
     """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
-
-    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16
-    if it has matrix units for it (AMX). Raises ValueError for "bf16" if the device has none.
-    """
-    has_bf16, fastest = False, "off"
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        fastest = "bf16" if has_bf16 else "fp16"
-    elif device.type == "cpu":
-        has_bf16 = True
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()   # torch 2.6 has none
-        if capabilities.get("amx_bf16"):
-            fastest = "bf16"
+    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16 if
+    it has matrix units for it (AMX)."""
     if name == "auto":
-        name = fastest
-    if name == "bf16" and not has_bf16:
-        raise ValueError(f"--amp bf16: {device.type} has no bfloat16 here; use --amp auto")
+        name = "off"
+        if device.type == "cuda":
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if has_bf16 else "fp16"
+        elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):   # not in torch 2.6
+            if torch.cpu.get_capabilities().get("amx_bf16"):
+                name = "bf16"
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 # ------------------------------------------------------------------------------------ prediction
 
-TTA_SCALES = (0.75, 1.0, 1.25)
-
-
-def finite_logits(model, x, dtype):
-    """Logits of x, N x 3 x H x W, under autocast -> float32 N x C x H x W.
-
-    Raises FloatingPointError if they are not finite: argmax would silently give class 0.
-    """
-    with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-        logits = model(x)
-    if not logits.isfinite().all():
-        raise FloatingPointError("the output of the network is not finite; try --amp off (float32) "
-                                 "or --amp bf16")
-    return logits
-
-
 @torch.no_grad()
 def predict(model, images, dtype=None, tta=False):
     """uint8 N x 3 x H x W on the model's device -> train ids, uint8 N x H x W.
+    tta: average the class probabilities over three scales, each with and without a flip. Raises
+    FloatingPointError if the output is not finite: argmax would silently give class 0."""
+    def logits(x):
+        with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
+            return model(x)
 
-    tta: average the class probabilities over TTA_SCALES, each with and without a flip.
-    """
     x = normalize(images)
-    if not tta:
-        return finite_logits(model, x, dtype).argmax(dim=1).byte()
-    height, width = x.shape[-2:]
-    total = 0
-    for scale in TTA_SCALES:
-        size = max(1, round(scale * height)), max(1, round(scale * width))
-        scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
-        plain = finite_logits(model, scaled, dtype)
-        flipped = finite_logits(model, scaled.flip(3), dtype).flip(3)
-        for logits in plain, flipped:
-            total = total + F.interpolate(logits, (height, width), mode="bilinear").softmax(dim=1)
-    return total.argmax(dim=1).byte()
+    if tta:
+        scores, (height, width) = 0, x.shape[-2:]
+        for scale in 0.75, 1.0, 1.25:
+            size = max(1, round(scale * height)), max(1, round(scale * width))
+            scaled = F.interpolate(x, size, mode="bilinear", antialias=True)
+            for y in logits(scaled), logits(scaled.flip(3)).flip(3):
+                y = F.interpolate(y, (height, width), mode="bilinear")
+                scores = scores + y.softmax(dim=1)
+    else:
+        scores = logits(x)
+    if not scores.isfinite().all():
+        raise FloatingPointError("the output of the network is not finite; try --amp off (float32) "
+                                 "or --amp bf16")
+    return scores.argmax(dim=1).byte()
 
 
 def predictions(model, dataset, device, dtype=None, tta=False, workers=0):
-    """Predict whole frames -> yields image (uint8 3 x H x W), label and prediction (uint8 H x W).
-
-    Frames are processed one at a time, so that they may differ in size. Images and labels are on
-    the CPU, predictions on `device`.
-    """
+    """Predict whole frames, one at a time, as they may differ in size. Yields image (uint8 3 x H x
+    W), label (uint8 H x W), both on the CPU, and prediction on `device`."""
     model.eval()
     for images, labels in make_loader(dataset, workers, device, batch_size=1):
         yield images[0], labels[0], predict(model, images.to(device), dtype, tta)[0]
@@ -135,13 +107,9 @@ def predictions(model, dataset, device, dtype=None, tta=False, workers=0):
 
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     """RGB Pillow image of any size -> train ids (mode L) of that size, and the size predicted at.
-
     A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
-    number, because the network was scored at that size. This also limits the memory. The
-    prediction is then enlarged to the size of the photo.
-    """
-    limit = frame_size[0] * frame_size[1]
-    zoom = min(1, math.sqrt(limit / (photo.width * photo.height)))
+    number, because the network was scored at that size. Its prediction is enlarged again."""
+    zoom = min(1, math.sqrt(math.prod(frame_size) / math.prod(photo.size)))
     width, height = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
     pixels = np.array(photo.resize((width, height), Image.BILINEAR))    # averages if it reduces
     images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
@@ -151,13 +119,10 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
 
 def progress(items, describe):
     """Yield the items, and show how far the loop over them is; describe(number) -> a line of text.
-
-    On a terminal, the line is updated in place. Elsewhere, for example in the log file of a
-    cluster, a new line follows every minute.
-    """
+    On a terminal, the line is updated in place; elsewhere, a new line follows every minute."""
     start, end, pause = "", "\n", 60                # seconds
     if sys.stdout.isatty():
-        start, end, pause = "\r\033[K", "", 0.5
+        start, end, pause = "\r\033[K", "", 0.5     # go to the beginning of the line, and clear it
     shown_at = time.monotonic()
     for number, item in enumerate(items, start=1):
         yield item                                  # the loop runs its body before it goes on here
@@ -171,15 +136,11 @@ def progress(items, describe):
 
 def find_checkpoint(path, names=("best.pt", "last.pt")):
     """The path of a checkpoint; in the folder of a run, the first of `names` that is there.
-
-    Raises FileNotFoundError.
-    """
+    Raises FileNotFoundError."""
     path = Path(path)
-    if path.is_file():
-        return path
-    for name in names:
-        if (path / name).is_file():
-            return path / name
+    for file in path, *[path / name for name in names]:
+        if file.is_file():
+            return file
     folder = path if path.is_dir() else path.parent
     found = ", ".join(sorted(file.name for file in folder.glob("*.pt")))
     raise FileNotFoundError(f"{path}: no such file, and no folder with {' or '.join(names)}, which "
@@ -188,38 +149,30 @@ def find_checkpoint(path, names=("best.pt", "last.pt")):
 
 def load_checkpoint(path):
     """Read a best.pt or last.pt -> dict; `save` in train.py says what it holds.
-
     Only tensors and plain Python values are read, so that a file cannot run code. Raises OSError,
-    or ValueError for a file that is no checkpoint of train.py.
-    """
+    or ValueError for a file that is no checkpoint of train.py."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        name = saved["settings"]["model"]
-        is_known = name in SPECS and isinstance(saved["model"], dict)
+        weights, name = saved["model"], saved["settings"]["model"]
     except OSError:
         raise
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
-    if not is_known:
+    if name not in SPECS or not isinstance(weights, dict):
         raise ValueError(f"{path}: its model {name} is not in SPECS of unet.py")
     return saved
 
 
 def load_weights(model, saved, path, new_head=False):
     """Load the weights of a checkpoint into a network that `build_model` built.
-
-    new_head: if the checkpoint has another number of classes, the network keeps its own last
-    layer, and one line says so. Raises ValueError if the weights do not fit.
-    """
+    new_head: if the checkpoint has another number of classes, the network keeps its own last layer,
+    and one line says so. Raises ValueError if the weights do not fit."""
     weights, own = dict(saved["model"]), model.state_dict()
-    bias = "head.bias"                              # of the last layer: one value for each class
-    if bias not in own:
-        bias = "out_conv.0.bias"                    # its name in ConvUNeXt
+    *_, weight, bias = own                          # names of the last layer: a row for each class
     classes = len(weights.get(bias, []))
     if new_head and 0 < classes != len(own[bias]):
-        for name in bias, bias.replace("bias", "weight"):
-            weights[name] = own[name]
+        weights[weight], weights[bias] = own[weight], own[bias]
         print(f"{path}: has {classes} classes instead of {len(CLASSES)}, so the last layer starts "
               "from random weights", flush=True)
     try:
@@ -232,38 +185,27 @@ def load_weights(model, saved, path, new_head=False):
 
 def find_data(settings):
     """The root of the data of a run. If there is none, or it is gone: $CITYSCAPES_DATASET."""
-    folder, variable = settings.get("data"), os.environ.get("CITYSCAPES_DATASET")
-    if folder is None or (variable and not Path(folder).exists()):
-        return variable and os.path.expanduser(variable)
+    folder = settings.get("data")
+    if folder is None or not Path(folder).exists():
+        folder = os.environ.get("CITYSCAPES_DATASET") or folder
     return folder
 
 
 def load_model(path, device):
     """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, with path and network.
-
-    Its "log" has all rows of the run's log.csv, if that lies beside it. Raises the errors of
-    find_checkpoint, load_checkpoint and load_weights.
-    """
+    Raises the errors of find_checkpoint, load_checkpoint and load_weights."""
     path = find_checkpoint(path)
     saved = load_checkpoint(path)
     network = build_model(saved["settings"]["model"], len(CLASSES))
     load_weights(network, saved, path)
     network.to(device, memory_format=torch.channels_last)
-    log = path.with_name("log.csv")
-    if log.exists():
-        with open(log, newline="") as file:
-            saved["log"] = list(csv.DictReader(file))
     return {**saved, "path": path, "network": network}
 
 
 # ------------------------------------------------------------------------------------- tables
 
-
 def summarize(matrix):
-    """All scores of a confusion matrix (int64 C x C) as plain Python values.
-
-    The score of a class in neither truth nor prediction is None.
-    """
+    """All scores of a confusion matrix (int64 C x C) as plain Python values; None for NaN."""
     def plain(score):
         return None if score.isnan() else score.item()
 
@@ -310,40 +252,30 @@ def class_table(result):
 
 def comparison(names, results):
     """One column of scores for each checkpoint, as text."""
-    width = 2 + max(7, *map(len, names))
+    width = 2 + max(5, *map(len, names))
+    lines = []
 
-    def line(title, texts):
-        # A score has room for a *, so that the digits of a column are in line.
-        return f"{title:18s}" + "".join(text.ljust(6).rjust(width) for text in texts)
+    def add_line(title, texts):
+        lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
 
-    rows = []
+    add_line("", names)
     for name in NAMES:
-        rows.append((f"IoU {name}", [r["classes"][name]["iou"] for r in results]))
+        add_line(f"IoU {name}", [format_score(r["classes"][name]["iou"]) for r in results])
     for key, title in (("miou", "mIoU"), ("mean_dice", "Dice"), ("pixel_accuracy", "accuracy")):
-        rows.append((title, [r[key] for r in results]))
-    lines = [line("* best of a row", names)]
-    for title, scores in rows:
-        texts = list(map(format_score, scores))
-        best = max(texts)                           # "  n/a" is below all numbers
-        if best > "0.000":
-            texts = [text.replace(best, best + "*") for text in texts]
-        lines.append(line(title, texts))
-    lines.append(line("means of classes", [str(r["classes_scored"]) for r in results]))
+        add_line(title, [format_score(r[key]) for r in results])
+    add_line("means of classes", [str(r["classes_scored"]) for r in results])
     return "\n".join(lines)
 
 
 def predicted_shares(pixels):
     """Text: the predicted classes by their share of the pixels (int C), largest first."""
     shares = pixels / max(1, pixels.sum())
-    parts = []
-    for i in np.argsort(-shares):
-        if shares[i] > 0:
-            parts.append(f"{NAMES[i]} {shares[i]:.1%}")
-    text = "predicted: " + ", ".join(parts)
+    order = np.argsort(-shares)
+    text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in order if shares[i] > 0)
     if shares.max() > 0.95:
         text += ("\nWARNING: nearly all pixels have one class; "
                  "are these pictures like those of the training?")
-    return text
+    return f"predicted: {text}"
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -352,14 +284,15 @@ PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is 
 PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
 ERROR_COLOR = (0, 255, 255)                         # no class of Cityscapes has it
 TILE = 480                                          # width of a picture in a sheet, in pixels
-FONT = ImageFont.load_default(15)
 CURVE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 
 
 def sheet(width, height):
     """A white RGB picture, and the pen that draws on it."""
     picture = Image.new("RGB", (width, height), "white")
-    return picture, ImageDraw.Draw(picture)
+    pen = ImageDraw.Draw(picture)
+    pen.font = ImageFont.load_default(15)
+    return picture, pen
 
 
 def legend(width):
@@ -371,7 +304,7 @@ def legend(width):
     for i, (name, color) in enumerate(entries):
         x, y = 6 + 120 * (i % per_line), 4 + 28 * (i // per_line)
         pen.rectangle((x, y, x + 16, y + 16), color)
-        pen.text((x + 22, y), name, "black", FONT)
+        pen.text((x + 22, y), name, "black")
     return picture
 
 
@@ -385,7 +318,7 @@ def picture_grid(rows):
     for i, row in enumerate(rows):
         for j, (title, pixels) in enumerate(row):
             x, y = j * TILE, i * row_height
-            pen.text((x + 4, y + 4), title, "black", FONT)
+            pen.text((x + 4, y + 4), title, "black")
             smooth = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
             tile = Image.fromarray(pixels).resize((TILE - 4, tile_height), smooth)
             picture.paste(tile, (x + 2, y + 26))
@@ -393,40 +326,16 @@ def picture_grid(rows):
     return picture
 
 
-def error_picture(image, label, prediction):
-    """Three uint8 arrays -> the image darkened, wrong pixels cyan, ignored pixels black."""
-    errors = image // 3
-    errors[label != prediction] = ERROR_COLOR
-    errors[label == IGNORE] = 0
-    return errors
-
-
-def panel(image, label, prediction):
-    """One frame: image, truth, prediction and errors; without a truth, image and prediction."""
-    row = [("image", image), ("prediction", PALETTE[prediction])]
+def panel(image, label, prediction, title="prediction"):
+    """Three uint8 arrays -> a row of `picture_grid`; without a truth, only image and prediction."""
+    row = [("image", image), (title, PALETTE[prediction])]
     if (label != IGNORE).any():
+        errors = image // 3                         # darkened
+        errors[label != prediction] = ERROR_COLOR
+        errors[label == IGNORE] = 0
         row.insert(1, ("truth", PALETTE[label]))
-        row.append(("errors", error_picture(image, label, prediction)))
-    return picture_grid([row])
-
-
-def comparison_picture(names, results, pictured):
-    """Two frames: image and truth first, then the predictions and errors of each checkpoint.
-
-    pictured: for each checkpoint a list of (image, label, prediction), see `score_checkpoint`
-    """
-    first_row = []
-    for image, label, _ in pictured[0]:
-        first_row += [("image", image), ("truth", PALETTE[label])]
-    rows = [first_row]
-    for name, result, frames in zip(names, results, pictured):
-        title = f"{name}, mIoU {format_score(result['miou'])}"
-        row = []
-        for image, label, prediction in frames:
-            row.append((title, PALETTE[prediction]))
-            row.append(("errors", error_picture(image, label, prediction)))
-        rows.append(row)
-    return picture_grid(rows)
+        row.append(("errors", errors))
+    return row
 
 
 def confusion_picture(matrix, title):
@@ -434,84 +343,119 @@ def confusion_picture(matrix, title):
     cell, left, top = 44, 120, 160
     side = cell * len(NAMES)
     picture, pen = sheet(left + side + 10, top + side + 10)
-    pen.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black", FONT)
+    pen.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black")
     for i, name in enumerate(NAMES):
-        pen.text((left - 8, top + cell * i + cell // 2), name, "black", FONT, anchor="rm")
+        pen.text((left - 8, top + cell * i + cell // 2), name, "black", anchor="rm")
         text, text_pen = sheet(100, 20)
-        text_pen.text((0, 10), name, "black", FONT, anchor="lm")
+        text_pen.text((0, 10), name, "black", anchor="lm")
         picture.paste(text.rotate(90, expand=True), (left + cell * i + 12, top - 104))
     shares = (matrix.double() / matrix.sum(dim=1, keepdim=True)).nan_to_num().tolist()
     for i, row in enumerate(shares):
         for j, share in enumerate(row):
-            full = np.array((20, 110, 60) if i == j else (190, 30, 30))
-            color = 255 - (255 - full) * math.sqrt(share)           # white for 0
             x, y = left + cell * j, top + cell * i
-            pen.rectangle((x, y, x + cell - 2, y + cell - 2), tuple(color.astype(int).tolist()))
+            light = round(255 - 255 * math.sqrt(share))             # white for 0
+            color = 255, light, light
+            if i == j:
+                color = light, 128 + light // 2, light
+            pen.rectangle((x, y, x + 42, y + 42), color)
             if share > 0.005:
-                text_color = "white" if share > 0.3 else "black"
-                pen.text((x + cell // 2, y + cell // 2), f"{100 * share:.0f}", text_color, FONT,
-                         anchor="mm")
+                pen.text((x + 22, y + 22), f"{100 * share:.0f}", "black", anchor="mm")
     return picture
 
 
 def curves_picture(logs):
-    """Draw training loss and validation mIoU over the epochs; logs: {name: rows of log.csv}."""
-    width, height = 480, 300                        # of one plot, inside its axes
-    picture, pen = sheet(2 * width + 180, height + 90 + 20 * len(logs))
-    last_epoch = max(int(rows[-1]["epoch"]) for rows in logs.values())
-    bottom = 40 + height
+    """Draw training loss and validation mIoU over the epochs; logs: {name: path of a log.csv}."""
+    tables = []                                     # NaN where --val-every left out an epoch
+    for path in logs.values():
+        tables.append(np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True)))
+    width, height, bottom = 480, 300, 340           # of one plot, inside its axes
+    picture, pen = sheet(2 * width + 180, bottom + 50)
+    last_epoch = max(table["epoch"][-1] for table in tables)
     for left, key, title in ((60, "loss", "training loss"), (620, "miou", "validation mIoU")):
-        curves = [curve(rows, key) for rows in logs.values()]
-        highest = max((value for points in curves for _, value in points), default=0)
-        top = max(1, math.ceil(highest))            # of the axis
-        pen.text((left, 10), title, "black", FONT)
-        pen.text((left + width, bottom + 24), "epoch", "black", FONT, anchor="ra")
+        top = max(1, *[math.ceil(np.nanmax(table[key], initial=0)) for table in tables])
+        pen.text((left, 10), title, "black")
+        pen.text((left + width, bottom + 24), "epoch", "black", anchor="ra")
         for i in range(6):                          # grid lines and their numbers
             y = bottom - height * i / 5
             pen.line((left, y, left + width, y), "#dddddd")
-            pen.text((left - 6, y), f"{top * i / 5:.1f}", "black", FONT, anchor="rm")
-        for epoch in sorted({0, round(last_epoch / 2), last_epoch}):
+            pen.text((left - 6, y), f"{top * i / 5:.1f}", "black", anchor="rm")
+        for epoch in sorted({0, round(last_epoch / 2), round(last_epoch)}):
             x = left + width * epoch / last_epoch
-            pen.text((x, bottom + 6), str(epoch), "black", FONT, anchor="ma")
-        for i, points in enumerate(curves):
+            pen.text((x, bottom + 6), str(epoch), "black", anchor="ma")
+        for i, (name, table) in enumerate(zip(logs, tables)):
             color = CURVE_COLORS[i % len(CURVE_COLORS)]
-            places = []
-            for epoch, value in points:
-                x, y = left + width * epoch / last_epoch, bottom - height * value / top
-                places.append((x, y))
-                pen.ellipse((x - 2, y - 2, x + 2, y + 2), color)
-            pen.line(places, color, 2)
-    for i, name in enumerate(logs):
-        y = bottom + 45 + 20 * i
-        pen.line((60, y, 90, y), CURVE_COLORS[i % len(CURVE_COLORS)], 3)
-        pen.text((100, y), name, "black", FONT, anchor="lm")
+            pen.text((left + width, 40 + 18 * i), name, color, anchor="ra")
+            table = table[~np.isnan(table[key])]
+            x = left + width * table["epoch"] / last_epoch
+            y = bottom - height * table[key] / top
+            pen.line(np.stack([x, y], axis=1).ravel().tolist(), color, 2)
+            for a, b in zip(x, y):
+                pen.ellipse((a - 2, b - 2, a + 2, b + 2), color)
     return picture
-
-
-def curve(rows, key):
-    """(epoch, value) of each row of a log that has a value; --val-every leaves some out."""
-    points = []
-    for row in rows:
-        if row[key] not in (None, ""):              # "" in log.csv
-            points.append((int(row["epoch"]), float(row[key])))
-    return points
 
 
 # ------------------------------------------------------------------- scoring the frames of a split
 
+def report_unused(paths, say=print):
+    """Say in one line how many files are not read, if there are any."""
+    if paths:
+        say(f"NOTE: {len(paths)} files or folders are not used, for example {paths[0]}")
+
+
+def check_unique(names, folder):
+    """Raise ValueError if results, which are named after their frames, overwrite each other."""
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{folder}: {count} pictures are named {name}, and their results would "
+                         "overwrite each other; rename them")
+
+
+def save_labels(train_ids, folder, frame):
+    """Write a prediction (uint8 H x W) as label ids, with the name that the scorer expects."""
+    Image.fromarray(TRAIN_TO_LABEL[train_ids]).save(folder / f"{frame}_pred_labelIds.png")
+
+
+def score_split(ckpts, device, dtype, args):
+    """Score the checkpoints on the frames of --split -> a list of the dicts in metrics.json."""
+    args.data = args.data or find_data(ckpts[0]["settings"])
+    dataset = Cityscapes(args.data, args.split)
+    if args.labels_out:
+        check_unique(dataset.names, args.data)
+    print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
+    report_unused(dataset.unused)
+    names, results, pictured, logs = [], [], [], {}
+    for number, ckpt in enumerate(ckpts, start=1):
+        path = ckpt["path"]
+        names.append(f"{number}_{path.resolve().parent.name}_{path.stem}")
+        out = args.out
+        if len(ckpts) > 1:
+            out = out / names[-1]
+        result, rows = score_checkpoint(ckpt, dataset, out, device, dtype, args)
+        results.append(result)
+        pictured.append(rows)
+        if path.with_name("log.csv").exists():
+            logs[names[-1]] = path.with_name("log.csv")
+    if len(ckpts) > 1:
+        print("\n" + comparison(names, results))
+        rows = [row for frame in zip(*pictured) for row in frame]       # a frame after the other
+        picture_grid(rows).save(args.out / "comparison.png")
+    if logs:
+        curves_picture(logs).save(args.out / "curves.png")
+    print(f"\nresults: {args.out}/")
+    return results
+
 
 def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
-
-    -> (result, pictured): the dict of metrics.json, and (image, label, prediction) of two frames
-    for `comparison_picture`, as uint8 arrays
-    """
-    count = min(args.panels, len(dataset))
-    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
-    pictured = []
+    -> the dict of metrics.json, and the panels of the first two frames that are drawn"""
+    settings = ckpt["settings"]
+    print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
+          f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().tolist()
+    rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
-    out.mkdir(parents=True, exist_ok=True)
     frames = predictions(ckpt["network"], dataset, device, dtype, args.tta, args.workers)
     frames = progress(frames, lambda number: f"frame {number}/{len(dataset)}")
     for index, (image, label, prediction) in enumerate(frames):
@@ -523,82 +467,19 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
         if args.labels_out:
             save_labels(prediction, args.labels_out, dataset.names[index])
         if index in chosen:
-            panel(image, label, prediction).save(out / f"panel_{dataset.names[index]}.png")
-        if index in chosen[:2]:                     # all panels would fill the memory
-            pictured.append((image, label, prediction))
-    result = {"checkpoint": str(ckpt["path"]), "settings": ckpt["settings"],
-              "epoch": ckpt["epoch"], "val_miou": ckpt["miou"], "split": args.split,
-              "data": str(args.data), "images": len(dataset), "tta": args.tta,
-              **summarize(matrix)}
+            row = panel(image, label, prediction, f"prediction of {ckpt['path']}")
+            picture_grid([row]).save(out / f"panel_{dataset.names[index]}.png")
+            if len(rows) < 2:                       # all of them would fill the memory
+                rows.append(row)
+    result = {"checkpoint": str(ckpt["path"]), "settings": settings, "epoch": ckpt["epoch"],
+              "val_miou": ckpt["miou"], "split": args.split, "data": str(args.data),
+              "images": len(dataset), "tta": args.tta, **summarize(matrix)}
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
     title = f"{ckpt['path']} on {args.split}, mIoU {format_score(result['miou'])}"
     confusion_picture(matrix, title).save(out / "confusion.png")
-    if matrix.sum() > 0:
-        print(class_table(result))
-    else:
-        print("the labels hold none of the classes, so there is no score")
+    print(class_table(result))
     print(predicted_shares(pixels))
-    return result, pictured
-
-
-def save_labels(train_ids, folder, frame):
-    """Write a prediction (uint8 H x W) as label ids, with the name that the scorer expects."""
-    Image.fromarray(TRAIN_TO_LABEL[train_ids]).save(folder / f"{frame}_pred_labelIds.png")
-
-
-def check_unique(names, folder):
-    """Raise ValueError if results, which are named after their frames, overwrite each other."""
-    name, count = Counter(names).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"{folder}: {count} pictures are named {name}, and their results would "
-                         "overwrite each other; rename them")
-
-
-def short_names(paths):
-    """A short name for each checkpoint: its folder, and the file where folders are equal."""
-    names = []
-    for path in paths:
-        name = path.parent.name or path.stem        # "best" for best.pt in the current folder
-        if name in names:
-            name = f"{name}_{path.stem}"
-        if name in names:
-            name = f"{len(names) + 1}_{name}"
-        names.append(name)
-    return names
-
-
-def score_split(ckpts, device, dtype, args):
-    """Score the checkpoints on the frames of --split -> a list of the dicts in metrics.json."""
-    args.data = args.data or find_data(ckpts[0]["settings"])
-    dataset = Cityscapes(args.data, args.split)
-    if args.labels_out:
-        check_unique(dataset.names, args.data)
-    print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
-    if dataset.unused:
-        print(describe_unused(dataset.unused))
-    names = short_names([ckpt["path"] for ckpt in ckpts])
-    results, pictured = [], []
-    for name, ckpt in zip(names, ckpts):
-        settings = ckpt["settings"]
-        print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
-              f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
-        out = args.out / name if len(ckpts) > 1 else args.out
-        result, frames = score_checkpoint(ckpt, dataset, out, device, dtype, args)
-        results.append(result)
-        pictured.append(frames)
-    if len(ckpts) > 1:
-        print("\n" + comparison(names, results))
-        comparison_picture(names, results, pictured).save(args.out / "comparison.png")
-    logs = {name: ckpt["log"] for name, ckpt in zip(names, ckpts) if ckpt["log"]}
-    if logs:
-        curves_picture(logs).save(args.out / "curves.png")
-    print(f"\nresults: {args.out}/")
-    return results
-
-
-def describe_unused(paths):
-    """One line about files that are not read."""
-    return f"NOTE: {len(paths)} files or folders are not used, for example {paths[0]}"
+    return result, rows
 
 
 # --------------------------------------------------------------------------------- photos
@@ -608,43 +489,31 @@ PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 def find_photos(path):
     """The photos of --images, a file or a folder. One line reports the other files there."""
-    if path.is_file():
-        return [path]
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of photos")
-    photos, others = [], []
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in PHOTO_ENDINGS and not file.name.startswith("."):
-            photos.append(file)
-        elif not file.name.startswith("."):
-            others.append(file)
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    photos = [file for file in files if file.suffix.lower() in PHOTO_ENDINGS]
     if not photos:
-        raise FileNotFoundError(f"{path}: no {' '.join(PHOTO_ENDINGS)} files in this folder")
-    if others:
-        print(describe_unused(others))
+        raise FileNotFoundError(f"{path}: no {' '.join(PHOTO_ENDINGS)} files there")
+    report_unused(sorted(set(files) - set(photos)))
     check_unique([photo.stem for photo in photos], path)
     return photos
 
 
 def predict_photos(ckpt, device, dtype, args):
     """Write a color map and an overlay of each photo in --images.
-
-    Raises OSError at the end if some could not be read or written.
-    """
-    photos = find_photos(args.images)
-    if args.out.resolve() == photos[0].resolve().parent:
-        raise ValueError(f"--out {args.out}: is the folder of the photos; choose another one")
-    args.out.mkdir(parents=True, exist_ok=True)
-    legend(600).save(args.out / "legend.png")
-    pixels, failures = np.zeros(len(CLASSES), np.int64), 0
+    Raises OSError at the end if some could not be read or written."""
+    photos, out = find_photos(args.images), args.out
+    out.mkdir(parents=True, exist_ok=True)
+    legend(600).save(out / "legend.png")
+    network, pixels, failures = ckpt["network"].eval(), np.zeros(len(CLASSES), np.int64), 0
     for file in photos:
         try:
             photo = read_image(file)
-            ids, size = predict_photo(ckpt["network"].eval(), photo, ckpt["frame_size"], device,
-                                      dtype, args.tta)
+            ids, size = predict_photo(network, photo, ckpt["frame_size"], device, dtype, args.tta)
             colors = Image.fromarray(PALETTE[np.asarray(ids)])
-            colors.save(args.out / f"{file.stem}_color.png")
-            Image.blend(photo, colors, 0.5).save(args.out / f"{file.stem}_overlay.png")
+            colors.save(out / f"{file.stem}_color.png")
+            Image.blend(photo, colors, 0.5).save(out / f"{file.stem}_overlay.png")
             if args.labels_out:
                 save_labels(np.asarray(ids), args.labels_out, file.stem)
             pixels += ids.histogram()[:len(CLASSES)]
@@ -656,13 +525,12 @@ def predict_photos(ckpt, device, dtype, args):
             failures += 1
     if failures < len(photos):
         print(predicted_shares(pixels))
-        print(f"results: {args.out}/*_color.png and *_overlay.png; legend.png names the colors")
+        print(f"results: {out}/*_color.png and *_overlay.png; legend.png names the colors")
     if failures > 0:
         raise OSError(f"{failures} of {len(photos)} photos failed, see above")
 
 
 # ---------------------------------------------------------------------------- the command line
-
 
 class OptionParser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError, so that a notebook can catch it."""
@@ -690,15 +558,12 @@ def path_option(text):
     """A type for argparse: a path. An empty one, as of an unset shell variable, is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return os.path.expanduser(text)
+    return Path(os.path.expanduser(text))
 
 
 def command_line(main):
     """Run main(). An error that the user can correct ends in one line and exit status 2.
-
-    The checks of the input raise ValueError or OSError. To see the traceback of such an error:
-    python -X dev train.py ...
-    """
+    To see the traceback of such an error: python -X dev train.py ..."""
     try:
         main()
     except KeyboardInterrupt:
@@ -708,8 +573,6 @@ def command_line(main):
             raise
         message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
         message = re.sub(r"^\w+Error: ", "", message)
-        if isinstance(error, torch.OutOfMemoryError):
-            message = f"out of GPU memory: lower --batch or --crop, or omit --tta ({message})"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
@@ -718,35 +581,23 @@ def parse_args(argv=None):
     """The options of eval.py. Raises ValueError."""
     parser = OptionParser(__doc__)
     add = parser.add_argument
-    add("--ckpt", nargs="+", type=path_option, default=[], metavar="BEST_PT",
+    add("--ckpt", nargs="+", type=path_option, required=True, metavar="BEST_PT",
         help="one or more checkpoints of train.py, or the folders of their runs")
     add("--data", type=path_option, metavar="FOLDER",
         help="root of the dataset (default: that of the training, of the first checkpoint)")
-    add("--split", default="val", metavar="NAME",
-        help="split to evaluate: train, val, test or another folder (default: val)")
+    add("--split", default="val", help="train, val, test or another folder (default: val)")
     add("--out", type=path_option, default="eval", metavar="FOLDER",
         help="where results are written, over files of the same names (default: eval)")
-    add("--tta", action="store_true",
-        help="average predictions over three scales and flips; 6 times slower")
-    add("--images", type=path_option, metavar="PATH",
-        help="predict a photo or a folder of photos instead of a split")
+    add("--tta", action="store_true", help="average over three scales and flips; 6 times slower")
+    add("--images", type=path_option, help="a photo or a folder of photos, instead of a split")
     add("--labels-out", type=path_option, metavar="FOLDER",
         help="also write predictions as PNGs of label ids, at full size")
-    add("--panels", type=number_in(1, 10**6, int), default=6, metavar="N",
-        help="number of frames to draw (default: 6)")
-    add("--device", default="auto", metavar="NAME", help="cuda, cuda:1, mps or cpu "
-        "(default: the fastest)")
+    add("--panels", type=number_in(1, 10**6, int), default=6, help="frames to draw (default: 6)")
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
-        help="precision of autocast; off is float32 (default: as in the training, of the first "
-        "checkpoint)")
-    add("--workers", type=number_in(0, 1000, int), metavar="N",
-        help="processes that read frames (default: up to 8; on a CPU 0)")
+        help="precision; off is float32 (default: as in the training of the first checkpoint)")
+    add("--workers", type=number_in(0, 1000, int), help="(default: up to 8; on a CPU 0)")
     args = parser.parse_args(argv)
-    for name in "out", "images", "labels_out":
-        if getattr(args, name):
-            setattr(args, name, Path(getattr(args, name)))
-    if not args.ckpt:
-        raise ValueError("no checkpoint is given; train.py writes one: --ckpt best.pt")
     if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
         raise ValueError(f"--out {args.out} holds a run of train.py; choose another folder")
     if len(args.ckpt) > 1 and (args.images or args.labels_out):

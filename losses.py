@@ -20,8 +20,7 @@ def _pixel_mean(loss, target, weights):
     """Weighted mean of a loss N x H x W over the labeled pixels: sum w l / sum w.
 
     This divides by the weights, as F.cross_entropy(weight=...) does, but returns 0 if no pixel is
-    labeled.
-    """
+    labeled."""
     table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
     table[:len(weights)] = weights
     w = table[target]
@@ -31,8 +30,7 @@ def _pixel_mean(loss, target, weights):
 def _class_sums(logits, target):
     """For each class, the sums of p t, p and t over the labeled pixels -> three tensors of C.
 
-    t is the one-hot truth, p the softmax. Shapes as in `cross_entropy`.
-    """
+    t is the one-hot truth, p the softmax. Shapes as in `cross_entropy`."""
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
     p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
@@ -42,8 +40,7 @@ def _class_sums(logits, target):
 def cross_entropy(logits, target, weights):
     """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the probability of the true class.
 
-    logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0
-    """
+    logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0"""
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")    # 0 if ignored
     return _pixel_mean(nll, target, weights)
 
@@ -53,8 +50,7 @@ def focal(logits, target, weights, gamma=2.0):
 
     Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. p_i is the softmax: the weights
     scale the loss, but do not change p_i. Shapes as in `cross_entropy`.
-    Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha).
-    """
+    Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha)."""
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
     return _pixel_mean((1 - torch.exp(-nll)) ** gamma * nll, target, weights)
 
@@ -68,8 +64,7 @@ def dice(logits, target, weights):
     absent from the batch is skipped: its D_c would be 0 for any prediction. t is the one-hot
     truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
-    2017, arXiv 1707.03237.
-    """
+    2017, arXiv 1707.03237."""
     overlap, predicted, truth = _class_sums(logits, target)
     score = 2 * overlap / (predicted + truth).clamp_min(1e-6)
     w = weights * (truth > 0)
@@ -81,8 +76,7 @@ def ce_dice(logits, target, weights):
 
     In Dice, a rare class counts as much as a frequent one. But softmax gives the gradient of Dice
     by the logit of the true class a factor p: it is near 0 where p is near 0. That of cross-entropy
-    is largest there.
-    """
+    is largest there."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 
@@ -94,8 +88,7 @@ def build_loss(name, class_weights=None):
 
     logits: float N x C x H x W, any precision; target: int64 N x H x W, values 0 ... C-1, or 255
     for ignored; class_weights: float C, or None for equal weights. Raises ValueError for an
-    unknown name or for shapes that do not fit.
-    """
+    unknown name or for shapes that do not fit."""
     if name not in LOSSES:
         raise ValueError(f"no loss is called {name!r}; there are: {', '.join(LOSSES)}")
 

@@ -17,8 +17,7 @@ def confusion_matrix(prediction, target, num_classes=19):
 
     target: 0 ... C-1, or 255 for ignored; prediction: 0 ... C-1, or anything where the target is
     ignored. Rows are the truth, columns the prediction. Works on any device and stays there.
-    Raises ValueError for shapes that differ and for values out of range.
-    """
+    Raises ValueError for shapes that differ and for values out of range."""
     if prediction.shape != target.shape:
         raise ValueError(f"shapes differ: {tuple(prediction.shape)}, {tuple(target.shape)}")
     prediction, target = prediction.flatten().long(), target.flatten().long()
@@ -43,8 +42,7 @@ def iou(m):
     """Intersection over union of each class, TP / (TP + FP + FN): C x C -> float64 C in [0, 1].
 
     A class in neither truth nor prediction is NaN, which `.nanmean()` skips; a class that is
-    predicted but never true scores 0. Both as in the official scorer.
-    """
+    predicted but never true scores 0. Both as in the official scorer."""
     tp = m.diag().double()
     return tp / (m.sum(0) + m.sum(1) - tp)          # sum(1) is TP + FN, sum(0) is TP + FP
 
@@ -59,8 +57,7 @@ def confusion_shares(m):
 
     Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union
     of i, TP + FP + FN. The diagonal is 0. Row i sums to (FP + FN) / union = 1 - IoU of i (NaN
-    if the IoU is NaN).
-    """
+    if the IoU is NaN)."""
     tp = m.diag().double()
     lost = (m + m.T).double().fill_diagonal_(0)
     return lost / (m.sum(0) + m.sum(1) - tp).unsqueeze(1)

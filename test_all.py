@@ -268,12 +268,10 @@ def pretrained(name, file=None, answer=urllib.error.URLError("no network")):
 
 def test_missing_network_is_one_line_that_says_what_to_do():
     for name in "resnet18", "convnext_tiny":
-        with contextlib.redirect_stdout(io.StringIO()) as printed:
-            message = raises(OSError, pretrained, name)
+        message = raises(OSError, pretrained, name)
         assert "\n" not in message
         for part in "no network", unet.SPECS[name].url, str(FOLDER), "--no-pretrained":
             assert part in message
-        assert ("not verified" in printed.getvalue()) == (name == "convnext_tiny")
 
 
 def test_imagenet_weights_placed_by_hand_are_used():
@@ -494,18 +492,6 @@ def test_other_classes_need_only_an_edit_of_classes():
         assert "\n" not in raises(ValueError, module.make_scenes, FOLDER / "no-scenes")
 
 
-def test_train_id_trees_are_read_as_they_are():
-    label = np.array([[*range(19), 255]], np.uint8)
-    root = write_tree(FOLDER / "ready", label)
-    path = next(root.rglob("*_labelIds.png"))
-    new_path = path.rename(path.with_name(path.name.replace("labelIds", "labelTrainIds")))
-    frames = data.Cityscapes(root, "train")
-    assert np.array_equal(frames[0][1].numpy(), label)
-    assert frames.pixels.tolist() == [[1] * 19]
-    Image.fromarray(label + 1).save(new_path)           # train id 19
-    assert str(new_path) in raises(ValueError, frames.__getitem__, 0)
-
-
 def bad_frame(root, kind, *parts):
     """Assert that reading the tree fails with one line that holds all `parts`."""
     message = raises(kind, lambda: data.Cityscapes(root, "train")[0])
@@ -526,9 +512,9 @@ def test_missing_and_unpaired_files_are_named():
     bad_frame(empty, FileNotFoundError, "gtFine_trainvaltest.zip", f"{empty}/leftImg8bit/train")
     root, image, label = good_tree("unpaired")
     label.rename(label.with_name("ulm_000000_000002_gtFine_labelIds.png"))
-    bad_frame(root, FileNotFoundError, "1 of 1 train frames", "1 labels", "ulm_000000_000001")
+    bad_frame(root, FileNotFoundError, "1 train frames", "1 labels", "ulm_000000_000001")
     shutil.rmtree(root / "gtFine")
-    bad_frame(root, FileNotFoundError, "1 of 1 train frames have no label")
+    bad_frame(root, FileNotFoundError, "0 labels")
     image.rename(image.with_suffix(".webp"))
     bad_frame(root, FileNotFoundError, "no frames", ".webp")
 
@@ -536,7 +522,7 @@ def test_missing_and_unpaired_files_are_named():
 def test_folders_that_may_not_be_read_are_an_error():
     root, image, label = good_tree("unreadable")
     denied = PermissionError(13, "Permission denied", str(image.parent))
-    with mock.patch("os.scandir", side_effect=denied):
+    with mock.patch("pathlib.Path.iterdir", side_effect=denied):
         bad_frame(root, PermissionError, image.parent)
 
 
@@ -583,18 +569,16 @@ def test_bombs_and_postscript_are_refused():
 
 def test_pictures_of_any_mode_are_read():
     ramp = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    wide = ramp.astype(np.uint16) * 256
     modes = "L", "RGB", "RGBA", "LA", "P", "CMYK"
     pictures = [Image.fromarray(ramp).convert(mode) for mode in modes]
-    pictures += [Image.fromarray(wide + 99), Image.fromarray(wide.astype(">u2"))]
     for picture in pictures:
         path = FOLDER / f"mode-{picture.mode.replace(';', '')}.tif"
         picture.save(path)
         result = data.read_image(path)
         assert result.mode == "RGB" and np.array_equal(np.asarray(result)[..., 1], ramp), path
-    for dtype in np.int32, np.float32:
+    for dtype in np.uint16, np.int32, np.float32:
         Image.fromarray(ramp.astype(dtype)).save(path)
-        assert f"{path}: has 32-bit pixels" in raises(ValueError, data.read_image, path)
+        assert f"{path}: has " in raises(ValueError, data.read_image, path)
 
 
 def test_photos_are_turned_upright():
@@ -651,10 +635,10 @@ def test_frames_may_be_jpg_and_endings_upper_case():
 
 
 def test_frames_are_sorted_in_any_order_of_the_file_system():
-    names, scandir = data.Cityscapes(scenes(), "train").names, os.scandir
+    names, iterdir = data.Cityscapes(scenes(), "train").names, Path.iterdir
     assert names == sorted(names)
-    for key in lambda entry: hash(entry.name), lambda entry: -hash(entry.name):
-        with mock.patch("os.scandir", lambda folder: sorted(scandir(folder), key=key)):
+    for key in hash, lambda path: -hash(path):
+        with mock.patch("pathlib.Path.iterdir", lambda path: sorted(iterdir(path), key=key)):
             assert data.Cityscapes(scenes(), "train").names == names
 
 
@@ -674,7 +658,7 @@ def test_a_split_without_labels_reads_as_255():
     assert (data.Cityscapes(root, "test")[0][1] == 0).all()
     shutil.rmtree(root / "gtFine")
     frames = data.Cityscapes(root, "test")
-    assert not frames.has_labels and len(frames) == 1
+    assert frames.labels == [] and len(frames) == 1
     assert frames[0][1].shape == (4, 6) and (frames[0][1] == 255).all()
 
 
@@ -822,9 +806,6 @@ def test_class_weights_equal_their_formulas():
     f = [160 / 200, 40 / 100]                           # of the frames that hold the class
     close(data.class_weights(pixels, "median"), [0.6 / f[0], 0.6 / f[1], *[0] * 17])
     assert {"none", "enet", "median"} <= set(data.CLASS_WEIGHTS)
-    assert data.class_weights(pixels, "none") is None
-    for scheme in "enet", "median":
-        raises(ValueError, data.class_weights, 0 * pixels, scheme)
 
 
 # ------------------------------------------------------------------- data: loader
@@ -1051,7 +1032,7 @@ def seed_step(seed, step, original=train.seed_step):
     original(seed, step)
 def read(frames, k, original=data.Cityscapes.__getitem__):
     if frames.crop:
-        print(k, file=open(f"{out}-{{train.rank()}}", "a"))
+        print(k, file=open(f"{out}-{{train.RANK}}", "a"))
     return original(frames, k)
 train.build_model, train.seed_step, data.Cityscapes.__getitem__ = tiny, seed_step, read
 eval.command_line(train.main)
@@ -1075,7 +1056,7 @@ def finish(process):
 
 
 def test_learning_rate_formula():
-    args = Namespace(**train.COMMON_DEFAULTS, lr=2.0, epochs=10)
+    args = Namespace(lr=2.0, epochs=10)
     close(train.learning_rate(args, 49, 100), 2 * 0.5 * (1 - 49 / 1000)**0.9)   # warmup: an epoch
     close(train.learning_rate(args, 249, 1000), 2 * 0.5 * (1 - 249 / 10000)**0.9)   # or 500 steps
     close(train.learning_rate(args, 500, 100), 2 * 0.5**0.9)
@@ -1177,12 +1158,12 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
         run("--data", scenes(), *words, "--loss", "dice", until=0)
         assert files["best.pt"] == Path("best.pt").read_bytes()     # not moved before it must be
         told = run("--data", scenes(), *words, "--loss", "dice", "--save-minutes", "0", until=4)
-        assert told.count(f"the files of the earlier run are now in {earlier}\n") == 1
+        assert told.count(f"the files of the earlier run are now in {earlier}; ") == 1
         assert files == {path.name: path.read_bytes() for path in earlier.iterdir()}
         results, _ = score("--ckpt", earlier, "best.pt", build=tiny)
         assert [result["settings"]["loss"] for result in results] == ["ce", "dice"]
         told = run("--data", scenes(), *words, "--epochs", "1")
-        assert f"continued: python train.py --resume {later}\n" in told
+        assert f"python train.py --resume {later} continues it\n" in told
         run("--resume", later)
         assert load(later)["epoch"] == 2 and load(Path())["settings"]["loss"] == "ce+dice"
 
@@ -1237,7 +1218,7 @@ def test_resume_after_errors_and_signals_is_exact():
         assert load(out)["step"] == step
         with before_step(step, interrupt):
             told = run("--resume", out, "--workers", "2")
-        line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
+        line = f"stopped; continue with: train.py --resume {out / 'last.pt'}\n"
         assert told.endswith(f"{line}status {128 + number}\n")
         assert load(out)["step"] == step + 1
         run("--resume", out, "--save-minutes", "9", until=step + 2)     # 3: after an epoch
@@ -1279,7 +1260,7 @@ def test_signals_to_the_group_and_a_closed_pipe():
             os.killpg(process.pid, number)
             time.sleep(0.01)
         told = finish(process)
-        line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
+        line = f"stopped; continue with: train.py --resume {out / 'last.pt'}\n"
         assert told.endswith(line) == (status > 0) and "Traceback" not in told, told
         assert process.returncode == status and load(out)["step"] < 6
         run(*new(out), "--resume")
@@ -1299,7 +1280,7 @@ def test_two_processes():
     os.killpg(process.pid, signal.SIGINT)
     told = finish(process)
     assert process.returncode != 0 and load(out)["epoch"] < 2
-    line = f"stopped; continue with: torchrun ... train.py --resume {out / 'last.pt'}\n"
+    line = f"stopped; continue with: train.py --resume {out / 'last.pt'}\n"
     assert told.count(line) == told.count("stopped") == 1, told
     told = finish(launch(out, "--resume", pause=0, processes=2))
     assert told.count("resnet18 from random weights") == told.count("epoch 2/2") == 1, told
@@ -1330,13 +1311,13 @@ def test_resume_refuses_what_would_change_the_run():
     last, tree = whole_run() / "last.pt", FOLDER / "other-frames"
     for wrong in ("--loss ce", "--seed 1", "--crop 96 96", "--model resnet34", "--batch 3",
                   "--scale 1 2", "--optimizer adamw", "--copyblob", "--class-weights enet",
-                  "--out elsewhere", "--epochs 1"):
+                  "--out elsewhere"):
         assert wrong.split()[0] in one_line(train, "--resume", last, *wrong.split(), build=tiny)
     for split in "train", "val":                    # a frame less
         shutil.copytree(scenes(), tree)
         for kind in "leftImg8bit", "gtFine":
             sorted((tree / kind / split).rglob("*.png"))[-1].unlink()
-        assert f"{tree}: " in one_line(train, "--resume", last, "--data", tree, build=tiny)
+        assert "validation frames" in one_line(train, "--resume", last, "--data", tree, build=tiny)
         shutil.rmtree(tree)
 
 
@@ -1384,11 +1365,11 @@ def test_bad_command_lines_are_one_line():
         (train, f"--init {files}", "has cut.pt, hostile.pt"),
         (train, f"--resume {good}/typo.pt", "has best.pt, last.pt"),
         (train, f"--resume {good}/best.pt", "resume from the last.pt"),
-        (evaluation, "", "best.pt"),
+        (evaluation, "", "--ckpt"),
         (evaluation, f"--ckpt {files}/resnet34.pt", "of resnet34 with 19 classes"),
         (evaluation, f"--ckpt {files}/nan.pt --out {out}", "not finite"),
         (evaluation, f"--ckpt {good} {good} --labels-out {out}", "--labels-out"),
-        (evaluation, f"--ckpt {good} --images {FOLDER}/none", "none: no such file or folder"),
+        (evaluation, f"--ckpt {good} --images {FOLDER}/none", "none: no .png"),
         (evaluation, f"--ckpt {good} --panels 0", "--panels"),
         (evaluation, f"--ckpt {good} --out {good}", "holds a run"),
         (evaluation, f"--ckpt {good} --split validation", "splits there: train, val")]
@@ -1415,7 +1396,7 @@ def test_bad_command_lines_are_one_line():
     with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "99"}):
         assert "use python eval.py" in one_line(evaluation, "--ckpt", good)
         assert "cuda:99" in one_line(train, *new(out), "--device", "cuda")  # that of LOCAL_RANK
-    with mock.patch("train.world_size", lambda: 2):
+    with mock.patch("train.WORLD_SIZE", 2), mock.patch("train.dist"):
         assert "2 processes" in one_line(train, *new(out), "--batch", "3")
     assert not list(out.rglob("*.pt")) and not (FOLDER / "owned").exists()
 
@@ -1450,9 +1431,10 @@ def test_tables_and_colors_by_hand():
     assert lines[-2].split() == "mean of 2 0.583 0.733".split() and lines[-1].endswith(" 0.750")
     perfect = evaluation.summarize(torch.eye(19, dtype=torch.int64))
     lines = evaluation.comparison(["a", "b"], [result, perfect]).split("\n")
-    assert lines[1].split() == ["IoU", "road", "0.667", "1.000*"]
+    assert lines[1].split() == ["IoU", "road", "0.667", "1.000"]
+    assert lines[-1].split() == ["means", "of", "classes", "2", "19"]
     image = np.full((1, 3, 3), 90, np.uint8)
-    picture = evaluation.error_picture(image, np.uint8([[4, 4, 255]]), np.uint8([[4, 5, 4]]))
+    _, picture = evaluation.panel(image, np.uint8([[4, 4, 255]]), np.uint8([[4, 5, 4]]))[3]
     assert picture.tolist() == [[[30, 30, 30], [0, 255, 255], [0, 0, 0]]]   # right wrong ignored
 
 
@@ -1479,13 +1461,13 @@ def test_several_checkpoints():
     """Each has a name of its own, also two files of one folder. TTA is six passes for a frame."""
     passes, network = [], constant()
     network.register_forward_pre_hook(lambda *args: passes.append(1))
-    out, names = FOLDER / "several", ["one", "two", "two_last"]
+    out, names = FOLDER / "several", ["1_one_best", "2_two_best", "3_two_last"]
     for name in "one", "two":
         run(*new(out / name), "--data", striped_tree("several-tree"), build=constant)
     results, told = score("--ckpt", out / "one", out / "two", out / "two/last.pt", "--out", out,
                           "--tta", build=lambda *args: network)
     assert len(passes) == 3 * 6 and (out / "comparison.png").exists()
-    assert re.search(" +".join(["best of a row", *names]), told)
+    assert re.search(" +".join(names), told)
     for name, result in zip(names, results):
         assert json.loads((out / name / "metrics.json").read_text()) == result
 
@@ -1499,9 +1481,11 @@ def test_photos_of_any_kind():
     for mode, size in ("L", (40, 30)), ("1", (1, 1)), ("P", (1000, 400)), ("RGBA", (33, 17)):
         Image.new(mode, size).save(folder / f"{mode}.png")
     words = "--ckpt", checkpoint(), "--images", folder, "--out", out, "--labels-out", out
-    with mock.patch("builtins.print") as told:
-        assert "2 of 5 photos" in raises(OSError, score, *words)
-    told = "\n".join(call.args[0] for call in told.call_args_list)
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+        words = [*map(str, words), "--device", "cpu"]
+        assert "2 of 5 photos" in raises(OSError, evaluation.main, words)
+    told = told.getvalue()
     for text in (f"NOTE: 1 files or folders are not used, for example {folder / 'notes.txt'}",
                  f"{folder / 'P.png'}: 400 x 1000, predicted at 40 x 101",
                  f"skipped {folder / 'LA.png'}: ", f"skipped {folder / 'RGBA.png'}: "):

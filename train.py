@@ -37,182 +37,144 @@ from torch import nn
 import metrics
 from data import (CLASS_WEIGHTS, CLASSES, SCENES_MARK, Cityscapes, class_weights, copy_blob,
                   count_classes, epoch_batches, make_loader, make_scenes, normalize)
-from eval import (PALETTE, OptionParser, command_line, curves_picture, describe_unused,
-                  find_checkpoint, find_data, load_checkpoint, load_weights, number_in,
-                  path_option, pick_amp, pick_device, picture_grid, predictions, progress,
-                  summarize)
+from eval import (PALETTE, OptionParser, command_line, curves_picture, find_checkpoint, find_data,
+                  load_checkpoint, load_weights, number_in, path_option, pick_amp, pick_device,
+                  picture_grid, predictions, progress, report_unused, summarize)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
 # ------------------------------------------------------------------------------------ options
 
-# For real frames: the usual settings of published training runs on Cityscapes, on a GPU of 16 GB.
-# SGD's default rate is proportional to the batch (Goyal et al. 2017, arXiv 1706.02677).
-REAL_DEFAULTS = {
-    "model": "resnet34", "epochs": 200, "scale": [0.5, 2.0],
-    "pretrained": True,                 # ImageNet weights, if there are any for the model
-    "batch": 8,                         # or the model's batch in unet.SPECS if that is smaller
-    "sgd_lr_per_frame": 0.0015,         # 0.012 for a batch of 8
-}
-# For the generated scenes: a small network, and many small steps from random weights.
-SCENES_DEFAULTS = {
-    "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "pretrained": False, "batch": 2,
-    "sgd_lr_per_frame": 0.025,          # 0.05 for a batch of 2
-}
+DEFAULTS = {        # for real frames: the usual settings of published training runs on Cityscapes
+    "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
+    "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
+    "compile": False, "save_minutes": 5.0}
+SCENES_DEFAULTS = {     # for generated scenes: a small network, and many steps from random weights
+    "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "batch": 2, "pretrained": False}
 # `encoder_lr` is a factor on the rate of an encoder that starts from ImageNet weights or --init.
 OPTIMIZER_DEFAULTS = {
     "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
-    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001},
-}
-COMMON_DEFAULTS = {
-    "loss": "ce", "class_weights": "none", "copyblob": 0.0, "val_every": 1, "seed": 0,
-    "device": "auto", "amp": "auto", "compile": False, "save_minutes": 5.0,
-}
+    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001}}
 # Options that may be changed on resume, although some of them change the results of the run.
 MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "save_minutes",
               "val_every"}
 
 
 def parse_args(argv=None):
-    """Parse the command line -> Namespace; an option that was not typed is None.
-
-    A new option needs a line here and a default above; it is then saved and resumed by itself.
-    Raises ValueError.
-    """
+    """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
+    a line here and in DEFAULTS; it is then saved and resumed by itself. Raises ValueError."""
     parser = OptionParser(__doc__.split("`main`")[0])
     add, whole, part = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
-    add("--data", type=path_option, metavar="FOLDER",
-        help="root of the dataset (default: $CITYSCAPES_DATASET, else generated scenes)")
+    add("--data", type=path_option, help="root of it (default: $CITYSCAPES_DATASET, else scenes)")
     add("--model", choices=MODELS, help="(default: resnet34; for scenes resnet18)")
     add("--loss", choices=LOSSES, help="(default: ce, cross-entropy)")
-    add("--class-weights", choices=CLASS_WEIGHTS,
-        help="weight classes in the loss by their pixels (default: none)")
+    add("--class-weights", choices=CLASS_WEIGHTS, help="weights in the loss (default: none)")
     add("--copyblob", type=number_in(0, 1), nargs="?", const=1.0, metavar="P",
         help="paste a rare class into a frame with probability P (default: 0; without a value 1)")
-    add("--epochs", type=whole, metavar="N", help="(default: 200; for scenes 10)")
-    add("--batch", type=whole, metavar="N",
-        help="frames in a step, of all GPUs together (default: 8; for convunext 4; scenes 2)")
+    add("--epochs", type=whole, help="(default: 200; for scenes 10)")
+    add("--batch", type=whole, help="of all GPUs together (default: 8; convunext 4; scenes 2)")
     add("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
         help="height and width of training crops (default: 512 1024, at most the frame)")
     add("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
         help="range of the random zoom (default: 0.5 2; for scenes 0.8 1.25)")
     add("--optimizer", choices=OPTIMIZER_DEFAULTS, help="(default: sgd; for Conv(U)NeXt adamw)")
-    add("--lr", type=number_in(1e-9, 1e3), metavar="RATE", help="peak learning rate (default: "
-        "sgd 0.0015 x batch, for scenes 0.025 x batch; adamw 0.001)")
+    add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
+        "for scenes 0.025 x batch; adamw 0.001)")
     add("--encoder-lr", type=part, metavar="FACTOR", help="factor on --lr for an encoder that "
         "starts from ImageNet weights or --init (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=part, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
-    add("--pretrained", action=BooleanOptionalAction,
-        help="start from ImageNet weights (default: yes for real frames)")
-    add("--init", type=path_option, metavar="FILE",
-        help="start from the weights of a best.pt or last.pt, or of the folder of a run")
-    add("--val-every", type=whole, metavar="N",
-        help="validate after every N epochs and after the last (default: 1)")
-    add("--seed", type=number_in(0, 2**31, int), metavar="N", help="(default: 0)")
-    add("--workers", type=number_in(0, 1000, int), metavar="N",
-        help="data processes for each GPU (default: the cores, at most 8; on a CPU 0)")
-    add("--device", metavar="NAME", help="cuda, cuda:1, mps or cpu (default: the fastest)")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], help="precision of autocast; off is "
-        "float32, with TF32 convolutions on newer GPUs (default: the fastest)")
+    add("--pretrained", action=BooleanOptionalAction, help="from ImageNet (default: real frames)")
+    add("--init", type=path_option, help="start from the weights of a checkpoint or a run's folder")
+    add("--val-every", type=whole, help="epochs between validations (default: 1)")
+    add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
+    add("--workers", type=number_in(0, 1000, int), help="for each GPU (default: up to 8; CPU 0)")
+    add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
+    add("--amp", choices=["auto", "off", "bf16", "fp16"],
+        help="precision of autocast; off is float32 (default: the fastest)")
     add("--compile", action=BooleanOptionalAction, help="use torch.compile (default: no)")
     add("--save-minutes", type=part, metavar="N", help="time between saves (default: 5)")
-    add("--out", type=path_option, metavar="FOLDER", help="where the files are written (default: "
-        "here; the files of an earlier run here are moved to runs/)")
-    add("--resume", type=path_option, nargs="?", const=True, metavar="LAST_PT",
-        help="continue the run of a last.pt or of a folder; without a value, that of --out if "
-        "there is one, else start a new run")
+    add("--out", type=path_option, help="(default: here; an earlier run is moved to runs/)")
+    add("--resume", type=path_option, nargs="?", const=True, metavar="LAST_PT", help="continue a "
+        "run; without a value, that of --out if there is one, else start a new run")
     args = parser.parse_args(argv)
     if args.scale and args.scale[0] > args.scale[1]:
         raise ValueError("--scale: MIN is larger than MAX")
     if args.init and args.pretrained:
         raise ValueError("--init and --pretrained exclude each other")
+    args.init = args.init and str(args.init)        # as it is saved in checkpoints
     return args
 
 
 def choose_options(args, saved):
-    """Fill in the options that were not typed: the saved ones on resume, else the defaults.
+    """Fill in the options that were not typed. On resume, the `saved` ones come first: the
+    "settings" of last.pt. What is still missing then follows from the data (scenes or not), the
+    model, and the optimizer, in this order. Draws the generated scenes if there is no other data.
+    Raises ValueError if a typed option may not change."""
+    def fill(values):
+        for name, value in values.items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
 
-    First come those on which other defaults depend: the data, the model, the optimizer, the batch.
-    args: see `parse_args`; saved: the "settings" of a last.pt, or {}. Draws the generated scenes
-    if there is no other data. Raises ValueError if a typed option may not change on resume.
-    """
     args.data = args.data or find_data(saved)
-    if saved:
-        saved = {**COMMON_DEFAULTS, **saved}        # an option may be newer than the run
     for name, value in saved.items():
         typed = getattr(args, name, None)
-        if typed is None:
-            setattr(args, name, value)
-        elif typed != value and name not in MAY_CHANGE:
+        if typed not in (None, value) and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')} is {value} in the run to resume; leave "
                              "this option out, or start a new run in another --out")
+    fill(saved)
     if not args.data:
         args.data = "scenes"
         say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
-        if rank() == 0:
+        if RANK == 0:
             make_scenes(args.data)
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()
     args.data = str(Path(args.data).resolve())      # eval.py may run in another folder
-
-    defaults = REAL_DEFAULTS
-    if (Path(args.data) / SCENES_MARK).exists():
-        defaults = SCENES_DEFAULTS
+    rate = 0.0015           # of SGD, for each frame of a batch (Goyal et al. 2017, 1706.02677)
     if args.init and args.model is None:
         args.model = load_checkpoint(find_checkpoint(args.init))["settings"]["model"]
-    args.model = args.model or defaults["model"]
+    if (Path(args.data) / SCENES_MARK).exists():
+        rate = 0.025
+        fill(SCENES_DEFAULTS)
+    fill(DEFAULTS)
     spec = SPECS[args.model]
-    args.optimizer = args.optimizer or spec.optimizer
-    args.batch = args.batch or min(defaults["batch"], spec.batch)
-    if args.pretrained is None:
-        args.pretrained = defaults["pretrained"] and spec.url is not None and not args.init
-    if args.crop is None:                           # 512 x 1024, or the frame if it is smaller
-        height, width = Cityscapes(args.data, "val")[0][1].shape
-        args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
-    rest = {"epochs": defaults["epochs"], "scale": defaults["scale"],
-            "lr": defaults["sgd_lr_per_frame"] * args.batch,        # AdamW has its own, below
-            **OPTIMIZER_DEFAULTS[args.optimizer], **COMMON_DEFAULTS}
-    for name, value in rest.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    fill({"optimizer": spec.optimizer, "batch": spec.batch})
+    fill({"pretrained": spec.url is not None and not args.init})
+    fill(OPTIMIZER_DEFAULTS[args.optimizer])
+    fill({"lr": rate * args.batch})                 # AdamW has its own already
 
 
 # ---------------------------------------------------------------------- the parts of the run
 
-
 def build_data(args, device):
     """Build what is learned from, and say what was found.
-
-    -> training set (random crops), validation set (whole frames), loss function
-    """
+    -> training set (random crops), validation set (whole frames), loss function"""
+    val_set = Cityscapes(args.data, "val")
+    if args.crop is None:                           # 512 x 1024, or the frame if it is smaller
+        height, width = val_set[0][1].shape
+        args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
     if args.copyblob > 0 or args.class_weights != "none":
         say("counting the pixels of each class in the training labels")
     train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale)
-    val_set = Cityscapes(args.data, "val")
-    for dataset in train_set, val_set:
-        if dataset.unused:
-            say(describe_unused(dataset.unused))
     if args.batch > len(train_set):
         raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames; "
                          "lower it")
-    if args.batch % world_size() != 0:
-        raise ValueError(f"--batch {args.batch} cannot be divided among {world_size()} processes")
+    if args.batch % WORLD_SIZE != 0:
+        raise ValueError(f"--batch {args.batch} cannot be divided among {WORLD_SIZE} processes")
 
-    labels = train_set.labels[:100]
-    found = count_classes(labels).sum(axis=0) > 0   # bool, one for each class
-    missing = [c.name for c, is_found in zip(CLASSES, found) if not is_found]
-    if len(missing) == len(CLASSES):
-        raise ValueError(f"{args.data}: the first {len(labels)} training labels hold none of the "
-                         "classes; check gtFine/train, and the label ids of CLASSES in data.py")
-    if missing:
-        say(f"{found.sum()} of {len(CLASSES)} classes are in the first {len(labels)} training "
-            f"labels; none of: {', '.join(missing)}")
+    for dataset, split in (train_set, "train"), (val_set, "val"):
+        report_unused(dataset.unused, say)
+        found = count_classes(dataset.labels[:100]).sum(axis=0)         # pixels of each class
+        missing = [c.name for c, pixels in zip(CLASSES, found) if pixels == 0]
+        if len(missing) == len(CLASSES):
+            raise ValueError(f"{args.data}: the first 100 labels of gtFine/{split} hold none of "
+                             "the classes; check them, and the label ids of CLASSES in data.py")
+        if missing:
+            say(f"the first 100 {split} labels hold {len(CLASSES) - len(missing)} of "
+                f"{len(CLASSES)} classes; none of: {', '.join(missing)}")
     weights = None
     if args.class_weights != "none":
-        weights = class_weights(train_set.pixels, args.class_weights)
-        texts = [f"{c.name} {weight:.2f}" for c, weight in zip(CLASSES, weights)]
-        say(f"class weights ({args.class_weights}): {', '.join(texts)}")
-        weights = weights.to(device)
+        weights = class_weights(train_set.pixels, args.class_weights).to(device)
     return train_set, val_set, build_loss(args.loss, weights)
 
 
@@ -221,15 +183,13 @@ def build_network(args, device, last):
 
     The weights are random, those of ImageNet (--pretrained), of a checkpoint (--init), or of
     `last`, the last.pt of a run that continues.
-
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
     ranks in backward(), so that all ranks take the same step. Each loss is a mean over the pixels
     of its own rank, so the result differs a little from that of one process with the whole batch.
-    On GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs.
-    """
+    On GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
     torch.manual_seed(args.seed)
-    pretrained = args.pretrained and last is None and rank() == 0       # one download is enough
+    pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
     model = build_model(args.model, len(CLASSES), pretrained)
     if last is not None:
         load_weights(model, last, "last.pt")
@@ -238,7 +198,7 @@ def build_network(args, device, last):
         load_weights(model, load_checkpoint(path), path, new_head=True)
     model = model.to(device, memory_format=torch.channels_last)
     network = model
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         if device.type == "cuda":                   # replaces the norms in `model` itself
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
@@ -273,10 +233,8 @@ def build_optimizer(model, args):
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
     """The learning rate of a step: --lr x factor x linear warmup x polynomial decay (power 0.9).
-
     factor: 1, or --encoder-lr for an encoder that is trained already. The warmup is one epoch, at
-    most 500 steps.
-    """
+    most 500 steps."""
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = min(500, steps_per_epoch)
     warmup = min(1.0, (step + 1) / warmup_steps)
@@ -286,23 +244,21 @@ def learning_rate(args, step, steps_per_epoch, factor=1.0):
 
 def seed_step(seed, step):
     """Seed PyTorch from (seed, step, rank), so that stochastic depth is the same after a resume."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank())).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, RANK)).generate_state(1)[0]))
 
 
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the validation frames -> confusion matrix on the CPU; None if a signal came.
-
-    Each process predicts every world_size-th frame; the matrices are then added.
-    """
-    if world_size() > 1:
+    Each process predicts every world_size-th frame; the matrices are then added."""
+    if WORLD_SIZE > 1:
         # On CPUs, each rank has BatchNorm's averages of its own frames: use those of rank 0.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
-    frames = torch.utils.data.Subset(val_set, range(rank(), len(val_set), world_size()))
+    frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
     results = predictions(model, frames, device, dtype, workers=workers)
-    if rank() == 0:
+    if RANK == 0:
         results = progress(results, lambda number: f"validating, frame {number}/{len(frames)}")
     for _, label, prediction in results:
         matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
@@ -310,22 +266,14 @@ def validate(model, val_set, device, dtype, workers, stop):
             break
     if on_any_rank(stop):
         return None
-    if world_size() > 1:
-        dist.all_reduce(matrix)
-    if matrix.sum() == 0:
-        raise ValueError("the validation labels hold none of the classes; check gtFine/val, and "
-                         "the label ids of CLASSES in data.py")
-    return matrix.cpu()
+    return over_ranks(matrix).cpu()
 
 
 def check_finite(scaler, tensors):
     """Raise FloatingPointError if a tensor (the sum of the losses, weights) is not finite.
-
-    Also if float16 gradients always overflow: GradScaler then leaves out every step, and halves
-    its scale each time, from 65536 to below 1.
-    """
-    are_finite = [tensor.isfinite().all() for tensor in tensors]
-    if not torch.stack(are_finite).all():
+    Also if float16 gradients always overflow: GradScaler then leaves out every step, and halves its
+    scale each time, from 65536 to below 1."""
+    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
                                  "--amp off; last.pt, if there is one, holds an earlier step")
     if scaler.is_enabled() and scaler.get_scale() < 1:
@@ -348,24 +296,21 @@ def write(data, path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def save(path, args, run, model, parts):
     """Write best.pt or last.pt on rank 0.
-
     best.pt holds the weights of the best validation mIoU, last.pt those of the last step. eval.py
     and --init take "model", the weights, and "settings", the options, from either. --resume needs
     all of last.pt: "model" and the states of `parts`, which every step changes, and the values of
-    `run` (see `main`), of which eval.py uses some: epoch, miou, log, frame_size.
-    """
-    if rank() != 0:
+    `run` (see `main`), of which eval.py uses some: epoch, miou, frame_size."""
+    check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
+    if RANK != 0:
         return
-    weights = model.state_dict()
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    checkpoint = {"model": weights, "settings": settings, **vars(run)}
+    checkpoint = {"model": model.state_dict(), "settings": settings, **vars(run)}
     if path.name == "last.pt":
         for name, part in parts.items():
             checkpoint[name] = part.state_dict()
@@ -376,8 +321,6 @@ def save(path, args, run, model, parts):
 
 def prepare_out(out, args, train_set):
     """Make room for the files of a new run, and draw what CopyBlob does: one frame a class."""
-    if rank() != 0:
-        return
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
@@ -399,13 +342,10 @@ def move_earlier_run():
     found = [name for name in RUN_FILES if Path(name).exists()]
     if not found:
         return
-    name, is_finished = "earlier", True
+    name = "earlier"
     if "last.pt" in found or "best.pt" in found:
-        saved = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))
-        name = f"{saved['settings']['model']}-{saved['settings']['loss']}"
-        if saved["settings"].get("copyblob"):
-            name += "-copyblob"
-        is_finished = "last.pt" not in found or saved["epoch"] == saved["settings"]["epochs"]
+        settings = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))["settings"]
+        name = f"{settings['model']}-{settings['loss']}"
     folder, number = Path("runs", name), 1
     while folder.exists():
         number += 1
@@ -413,110 +353,54 @@ def move_earlier_run():
     folder.mkdir(parents=True)
     for file in found:
         os.replace(file, folder / file)
-    say(f"the files of the earlier run are now in {folder}")
-    if not is_finished:
-        say(f"it can be continued: python train.py --resume {folder}")
-
-
-def log_row(args, run, scores, steps_per_epoch, device):
-    """The row of log.csv for an epoch; scores: a dict of `summarize`."""
-    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
-           "lr": learning_rate(args, run.step - 1, steps_per_epoch)}
-    for key in "pixel_accuracy", "miou", "mean_dice":
-        row[key] = scores[key]
-    for key in "images_per_s", "data_wait", "seconds":
-        row[key] = getattr(run, key)
-    row["gpu_gib"] = None                           # peak memory of rank 0's GPU
-    if device.type == "cuda":
-        row["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-    for c in CLASSES:
-        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
-    return row
-
-
-def format_row(row, epochs):
-    """The main columns of a row of the log, and the time that is left, as text."""
-    text = f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}  lr {row['lr']:.1e}"
-    if row["miou"] is not None:
-        text += (f"  pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
-                 f"Dice {row['mean_dice']:.3f}")
-    left = timedelta(seconds=round(row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
-    return (f"{text}  {row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  "
-            f"left {left}")
+    say(f"the files of the earlier run are now in {folder}; python train.py --resume {folder} "
+        "continues it")
 
 
 def write_log(log, out):
-    """Write log.csv and curves.png, on rank 0."""
-    if rank() != 0:
-        return
-    text, picture = io.StringIO(newline=""), io.BytesIO()
+    """Write log.csv and curves.png."""
+    text = io.StringIO(newline="")
     writer = csv.DictWriter(text, log[0])
     writer.writeheader()
     writer.writerows(log)
     write(text.getvalue().encode(), out / "log.csv")
-    curves_picture({out.resolve().name: log}).save(picture, "PNG")
-    write(picture.getbuffer(), out / "curves.png")
+    curves_picture({out.resolve().name: out / "log.csv"}).save(out / "curves.png")
 
 
 # ---------------------------------------------------------------- several processes, and signals
 
-# torchrun starts one process for each GPU; `rank` is the number of this process. The operations of
-# torch.distributed, which all ranks must call together:
-#     all_reduce      the sum or maximum over all ranks, in place
+# torchrun starts one process for each GPU. All of them must call torch.distributed's operations:
+#     all_reduce      the sum or maximum over all processes, in place
 #     broadcast       a copy of rank 0's value
-#     barrier         wait until all ranks are here
-
-
-def set_up_device(name):
-    """Set up the device of this process, and its process group if torchrun started several."""
-    several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-    if several and ":" in name:
-        raise ValueError(f"--device {name} is one device for all processes; with torchrun, "
-                         "pass --device cuda")
-    device = pick_device(name)                      # selects the GPU of LOCAL_RANK
-    if several and device.type == "cuda":           # NCCL for GPU tensors, Gloo for CPU tensors
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    elif several:
-        dist.init_process_group("gloo")
-    return device
-
-
-def rank():
-    """The number of this process under torchrun, else 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size():
-    """The number of processes that torchrun started, else 1."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+#     barrier         wait until all processes are here
+RANK = int(os.environ.get("RANK") or 0)             # the number of this process
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)             # how many there are
 
 
 def say(text):
     """Print on rank 0. On a terminal, the line replaces one of `progress`."""
-    if rank() == 0:
+    if RANK == 0:
         if sys.stdout.isatty():
             print("\r\033[K", end="")
         print(text, flush=True)
 
 
+def over_ranks(tensor, operation=dist.ReduceOp.SUM):
+    """The sum or maximum of a tensor over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor, operation)
+    return tensor
+
+
 def on_any_rank(condition):
     """Whether a condition holds on at least one rank."""
     value = torch.tensor(float(bool(condition)))    # on the CPU: does not wait for the GPU
-    if world_size() > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item() > 0
-
-
-def mean_over_ranks(value):
-    """The mean of a tensor over all ranks."""
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value / world_size()
+    return over_ranks(value, dist.ReduceOp.MAX).item() > 0
 
 
 def leave_group():
     """Wait until all ranks are here, so that none ends while rank 0 still saves; then part."""
-    if dist.is_initialized():
+    if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
 
@@ -524,10 +408,8 @@ def leave_group():
 @contextlib.contextmanager
 def stop_signals():
     """Collect SIGINT (Ctrl-C) and SIGTERM in a list, instead of ending the program -> the list.
-
-    The loop looks at the list after each step, so a second signal changes nothing. A signal that
-    is ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still ends at once.
-    """
+    The loop looks at the list after each step, so a second signal changes nothing. A signal that is
+    ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still ends at once."""
     received, handlers = [], {}
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -541,67 +423,86 @@ def stop_signals():
 
 def end_stopped(stop, out):
     """End the program after a signal, when all is saved. The status is 128 + signal."""
-    program = "python" if world_size() == 1 else "torchrun ..."
-    say(f"stopped; continue with: {program} train.py --resume {out / 'last.pt'}")
+    say(f"stopped; continue with: train.py --resume {out / 'last.pt'}")
     leave_group()
     sys.exit(128 + (stop or [signal.SIGTERM])[0])   # another rank may have got the signal
 
 
 # ------------------------------------------------------------------------------- the program
 
-
-def describe(args, device, dtype, num_frames):
-    """One line that says what is trained on what."""
-    start = args.init or "random weights"
-    if args.pretrained:
-        start = "ImageNet weights"
-    return (f"{args.model} from {start}, loss {args.loss}, {num_frames[0]} training and "
-            f"{num_frames[1]} validation frames of {args.data}, crop {args.crop[0]} x "
-            f"{args.crop[1]}, batch {args.batch}, {args.epochs} epochs, {world_size()} x {device} "
-            f"{dtype or torch.float32}")
-
-
-def restore(last, args, run, parts, total_steps):
-    """Continue from a last.pt. Raises ValueError if it does not fit these frames and options."""
+def find_run(args):
+    """The folder of the run, and its last.pt (see `load_checkpoint`) or None for a new run.
+    --resume PATH continues that run; a bare --resume the one in --out if it has a last.pt. Raises
+    ValueError or OSError if there is none, or if a new run would overwrite another one."""
+    out = args.out or Path()
+    if args.resume is True and not (out / "last.pt").exists():
+        args.resume = None
+    if args.resume is None:
+        if args.out and any((out / name).exists() for name in RUN_FILES[:3]):
+            raise ValueError(f"{out.resolve()} holds another run; choose another --out, or "
+                             f"continue that run with --resume {out}")
+        return out, None
+    path = find_checkpoint(out if args.resume is True else args.resume, ["last.pt"])
+    if args.out and out.resolve() != path.parent.resolve():
+        raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
+    last = load_checkpoint(path)
     if "optimizer" not in last:
-        raise ValueError("--resume: the file has the weights of a run, but not the rest; resume "
+        raise ValueError(f"--resume {path}: has the weights of a run, but not the rest; resume "
                          "from the last.pt beside it, or start a new run with --init")
+    return path.parent, last
+
+
+def restore(last, run, parts):
+    """Set the position and the states of `parts` as they are in a last.pt.
+    Raises ValueError if the data has other numbers of frames."""
     if last["num_frames"] != run.num_frames:
-        raise ValueError(f"{args.data}: has {run.num_frames} training and validation frames, but "
-                         f"the run began with {last['num_frames']}; restore them, or start a new "
-                         "run")
-    if last["step"] > total_steps:
-        raise ValueError(f"--epochs {args.epochs}: the run has trained {last['step']} steps, which "
-                         f"are more than {args.epochs} epochs")
+        raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
+                         f"run began with {last['num_frames']}; restore them, or start a new run")
     for name, part in parts.items():
         if last[name]:                              # a scaler that is not active has no state
             part.load_state_dict(last[name])
-    for name, value in vars(run).items():
-        if torch.is_tensor(value):
-            value.copy_(last[name])                 # to the device of this run
-        else:
-            setattr(run, name, last[name])
-    say(f"resumed after {run.step} of {total_steps} steps")
+    device = run.loss_sum.device
+    for name in vars(run):
+        setattr(run, name, last[name])
+    run.loss_sum = run.loss_sum.to(device)
+    say(f"resumed after {run.step} steps")
+
+
+def log_row(args, run, scores, steps_per_epoch, seconds):
+    """The row of log.csv for an epoch that took `seconds`; scores: a dict of `summarize`."""
+    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
+           "lr": learning_rate(args, run.step - 1, steps_per_epoch),
+           "pixel_accuracy": scores["pixel_accuracy"], "miou": scores["miou"],
+           "mean_dice": scores["mean_dice"], "images_per_s": run.images_per_s,
+           "data_wait": run.data_wait, "seconds": seconds,
+           "gpu_gib": torch.cuda.max_memory_allocated() / 2**30}        # peak; 0 on a CPU
+    for c in CLASSES:
+        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
+    return row
+
+
+def format_row(row, epochs):
+    """The main columns of a row of the log, and the time that is left, as text."""
+    scores = ""
+    if row["miou"] is not None:
+        scores = (f"  pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
+                  f"Dice {row['mean_dice']:.3f}")
+    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    return (f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}{scores}  "
+            f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
 
 
 def main(argv=None):
     """Run one command line (default: sys.argv) -> the rows of log.csv."""
-    # Options and device. --resume PATH continues that run; a bare --resume the one in --out if it
-    # has a last.pt. A run that continues takes its options from last.pt.
+    # Options and device.
     args = parse_args(argv)
-    out, last, saved = Path(args.out or "."), None, {}
-    if args.resume is True and not (out / "last.pt").exists():
-        args.resume = None                          # a bare --resume, and nothing to continue
-    if args.resume:
-        path = find_checkpoint(out if args.resume is True else args.resume, ["last.pt"])
-        if args.out and out.resolve() != path.parent.resolve():
-            raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
-        out, last = path.parent, load_checkpoint(path)
-        saved = last["settings"]
-    elif args.out and any((out / name).exists() for name in RUN_FILES[:3]):
-        raise ValueError(f"{out.resolve()} holds another run; choose another --out, or continue "
-                         f"that run with --resume {out}")
-    device = set_up_device(args.device or saved.get("device", "auto"))
+    out, last = find_run(args)
+    saved = last["settings"] if last else {}
+    device = pick_device(args.device or saved.get("device", "auto"))
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPU tensors, Gloo for CPU tensors
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    elif WORLD_SIZE > 1:
+        dist.init_process_group("gloo")
     choose_options(args, saved)
 
     # Data, network, optimizer.
@@ -610,7 +511,11 @@ def main(argv=None):
     steps_per_epoch = len(train_set) // args.batch
     total_steps = args.epochs * steps_per_epoch
     dtype = pick_amp(args.amp, device)
-    say(describe(args, device, dtype, num_frames))
+    start = "ImageNet" if args.pretrained else args.init or "random"
+    say(f"{args.model} from {start} weights, loss {args.loss}, {num_frames[0]} training and "
+        f"{num_frames[1]} validation frames of {args.data}, crop {args.crop[0]} x {args.crop[1]}, "
+        f"batch {args.batch}, {args.epochs} epochs, {WORLD_SIZE} x {device} "
+        f"{dtype or torch.float32}")
     model, network = build_network(args, device, last)
     optimizer = build_optimizer(model, args)
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
@@ -627,21 +532,14 @@ def main(argv=None):
         miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
-        seconds=0.0, images_per_s=0.0, data_wait=0.0,       # for log.csv
+        images_per_s=0.0, data_wait=0.0,            # of this epoch, for log.csv
         num_frames=num_frames,                      # must be equal on resume
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
-        restore(last, args, run, parts, total_steps)
+        restore(last, run, parts)
         if not (out / "best.pt").exists():          # only last.pt was copied: write a new one
             run.best_miou = -1.0
-    if on_any_rank(run.step > 0) and run.step == 0:     # another rank found last.pt, this one not
-        raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
-    began, saved_at = time.monotonic() - run.seconds, time.monotonic()
-
-    def save_as(name):
-        run.seconds = time.monotonic() - began      # as if the run had never stopped
-        check_finite(scaler, [run.loss_sum, *model.state_dict().values()])
-        save(out / name, args, run, model, parts)
+    saved_at = time.monotonic()
 
     def step_line(number):                          # `started` is set in the loop, at each epoch
         check_finite(scaler, [run.loss_sum])
@@ -657,9 +555,9 @@ def main(argv=None):
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
             batches = batches[run.step - run.epoch * steps_per_epoch:]      # after a resume
-            batches = [batch[rank()::world_size()] for batch in batches]    # this rank's frames
+            batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's frames
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
-            if rank() == 0:
+            if RANK == 0:
                 loader = progress(loader, step_line)
             started, asked, waited = time.monotonic(), time.monotonic(), 0.0
             for images, target in loader:
@@ -681,13 +579,13 @@ def main(argv=None):
 
                 run.step += 1
                 run.miou = None
-                run.loss_sum += mean_over_ranks(loss.detach())
-                if run.step == 1:                   # the run works, so its files may be written
+                run.loss_sum += over_ranks(loss.detach()) / WORLD_SIZE
+                if run.step == 1 and RANK == 0:     # the run works: its files may be written
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:
-                    save_as("last.pt")
+                    save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(stop, out)
@@ -696,7 +594,7 @@ def main(argv=None):
                 seconds = time.monotonic() - started
                 run.images_per_s = len(batches) * args.batch / seconds
                 run.data_wait = waited / seconds
-            save_as("last.pt")                      # a stop during the validation loses nothing
+            save(out / "last.pt", args, run, model, parts)      # before the validation
 
             matrix = torch.zeros(len(CLASSES), len(CLASSES))
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
@@ -706,19 +604,18 @@ def main(argv=None):
             scores = summarize(matrix)              # None where nothing was validated
             run.epoch += 1
             run.miou = scores["miou"]
-            run.seconds = time.monotonic() - began
-            run.log.append(log_row(args, run, scores, steps_per_epoch, device))
+            seconds = time.monotonic() - started
+            run.log.append(log_row(args, run, scores, steps_per_epoch, seconds))
             run.loss_sum.zero_()
             if run.miou is not None and run.miou > run.best_miou:
                 run.best_miou = run.miou
-                save_as("best.pt")
-            write_log(run.log, out)
-            save_as("last.pt")
+                save(out / "best.pt", args, run, model, parts)
+            if RANK == 0:
+                write_log(run.log, out)
+            save(out / "last.pt", args, run, model, parts)
             saved_at = time.monotonic()
             say(format_row(run.log[-1], args.epochs))
-    if run.best_miou >= 0:                          # -1: best.pt is missing, see above
-        say(f"best validation mIoU {run.best_miou:.3f}; "
-            f"now: python eval.py --ckpt {out / 'best.pt'}")
+    say(f"best validation mIoU {run.best_miou:.3f}; now: python eval.py --ckpt {out / 'best.pt'}")
     leave_group()
     return run.log
 

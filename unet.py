@@ -32,9 +32,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions (ResNet, fig. 5 left), for ResNet-18 and -34.
-
-    N x channels x H x W -> N x width x ceil(H / stride) x ceil(W / stride)
-    """
+    N x channels x H x W -> N x width x ceil(H / stride) x ceil(W / stride)"""
     expansion = 1                       # output channels = expansion * width
 
     def __init__(self, channels, width, stride=1):
@@ -53,10 +51,8 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3, 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50 and more.
-
-    N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride)
-    The stride is on the 3x3 convolution, as in the published weights ("ResNet v1.5").
-    """
+    N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride) The stride is on the
+    3x3 convolution, as in the published weights ("ResNet v1.5")."""
     expansion = 4
 
     def __init__(self, channels, width, stride=1):
@@ -86,10 +82,8 @@ def shortcut(channels, out, stride):
 
 class ResNet(nn.Module):
     """ResNet without its classifier: N x 3 x H x W -> five maps, at strides 2, 4, 8, 16, 32.
-
     `depths` is the number of blocks in each of the four stages. The state dict has torchvision's
-    keys and shapes, without `fc.*`.
-    """
+    keys and shapes, without `fc.*`."""
 
     def __init__(self, block, depths):
         super().__init__()
@@ -123,12 +117,10 @@ class ResNet(nn.Module):
 
 class ConvNeXtBlock(nn.Module):
     """Residual block (ConvNeXt, fig. 4): depthwise 7x7, LayerNorm, 1x1 to 4C, GELU, 1x1 to C.
-
     N x C x H x W -> N x C x H x W. Depthwise: each channel has a filter of its own. `gamma` (layer
     scale) starts near 0, so that every block begins as the identity. In training, stochastic depth
     ("drop path", Huang et al. 2016, arXiv 1603.09382) skips the block with probability `drop_path`,
-    independently for each image.
-    """
+    independently for each image."""
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
@@ -160,10 +152,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 class ConvNeXt(nn.Module):
     """ConvNeXt without its classifier: N x 3 x H x W -> four maps, at strides 4, 8, 16, 32.
-
     The state dict has the keys and shapes of facebookresearch/ConvNeXt, without `norm.*` and
-    `head.*`. The rate of stochastic depth grows linearly from 0 to `drop_path` over the blocks.
-    """
+    `head.*`. The rate of stochastic depth grows linearly from 0 to `drop_path` over the blocks."""
 
     def __init__(self, depths, channels, drop_path=0.1):
         super().__init__()
@@ -208,8 +198,7 @@ class Up(nn.Module):
                                              = upsample(coarse(x)) + fine(s)
 
     The last form is the cheapest: `coarse` sees the small map. Upsampling is by nearest neighbor;
-    the 3x3 convolutions smooth its blocks.
-    """
+    the 3x3 convolutions smooth its blocks."""
 
     def __init__(self, channels, skip_channels, out):
         super().__init__()
@@ -237,8 +226,7 @@ class UNet(nn.Module):
         encoder   64 x 256 x 512  64 x 128 x 256  128 x 64 x 128  256 x 32 x 64  512 x 16 x 32
         decoder   32 x 256 x 512  64 x 128 x 256  128 x 64 x 128  256 x 32 x 64
 
-    `head` computes 19 x 256 x 512 logits, which are upsampled to 19 x 512 x 1024.
-    """
+    `head` computes 19 x 256 x 512 logits, which are upsampled to 19 x 512 x 1024."""
 
     def __init__(self, encoder, num_classes, widths=(256, 128, 64, 32)):
         super().__init__()
@@ -308,10 +296,6 @@ class GatedUp(nn.Module):
         self.conv = nn.Sequential(ConvUNeXtBlock(out))          # published keys: conv.0.*
 
     def forward(self, x, skip):
-        return self.conv(self.conv1x1(self.merge(x, skip)))
-
-    def merge(self, x, skip):
-        """[linear2(new_s), z], N x 2C x H x W. f, i and g are freed when this method returns."""
         height, width = skip.shape[-2:]
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
         z = F.pad(z, (0, width - z.shape[-1], 0, height - z.shape[-2]))     # by 1 if H, W is odd
@@ -319,16 +303,15 @@ class GatedUp(nn.Module):
         s = skip.permute(0, 2, 3, 1)                # N x H x W x C
         f, i, g = self.gate(z).chunk(3, dim=-1)     # N x H x W x 3C -> three of N x H x W x C
         new_s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)
-        return torch.cat([self.linear2(new_s), z], dim=-1).permute(0, 3, 1, 2)
+        y = torch.cat([self.linear2(new_s), z], dim=-1)         # N x H x W x 2C
+        return self.conv(self.conv1x1(y.permute(0, 3, 1, 2)))
 
 
 class ConvUNeXt(nn.Module):
     """The published ConvUNeXt (base_c 32, bilinear), with the published keys; 3.5 M parameters.
-
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. Below 64 pixels
     the coarsest map is too small for reflection padding, and the published code fails. Here such an
-    image is extended to 64 pixels by repeating its last row and column; the output is cropped back.
-    """
+    image is first extended to 64 pixels by repeating its last row and column."""
 
     def __init__(self, num_classes, width=32):
         super().__init__()
@@ -375,14 +358,13 @@ class ConvUNeXt(nn.Module):
 #   build       a function of n, the number of classes -> model
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
-#   batch       upper limit of train.py's default; should fit 16 GB with crops of 512 x 1024
+#   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
 # A checkpoint stores only the name of its row, so do not change a row that you trained: add one.
-# For example a deeper encoder, ResNet-101, and a decoder that is twice as wide:
-#   "resnet101": Spec(lambda n: UNet(ResNet(Bottleneck, (3, 4, 23, 3)), n),
-#                     "https://download.pytorch.org/models/resnet101-cd907fc2.pth", "sgd", 8),
-#   "wide34": Spec(lambda n: UNet(ResNet(BasicBlock, (3, 4, 6, 3)), n, widths=(512, 256, 128, 64)),
-#                  "https://download.pytorch.org/models/resnet34-b627a593.pth", "sgd", 8),
-# An encoder of another kind is a module with
+# For example a deeper encoder, ResNet-101, with a decoder that is twice as wide:
+#   "resnet101": Spec(
+#       lambda n: UNet(ResNet(Bottleneck, (3, 4, 23, 3)), n, widths=(512, 256, 128, 64)),
+#       "https://download.pytorch.org/models/resnet101-cd907fc2.pth", "sgd", 8),
+# Another encoder is a module with
 #   encoder.channels    list of ints: the channels of each map, finest first
 #   encoder(images)     float N x 3 x H x W, H and W multiples of 32 -> list of 2 to 5 maps,
 #                       finest first, each half the size of the one before, the last of stride 32
@@ -404,12 +386,9 @@ MODELS = list(SPECS)
 
 def build_model(name, num_classes=19, pretrained=False):
     """Build a network by its name in MODELS, in training mode, on the CPU.
-
-    forward: float N x 3 x H x W, normalized with ImageNet's mean and standard deviation ->
-    float32 logits N x num_classes x H x W, for any H and W. With `pretrained`, the encoder has
-    ImageNet weights. Raises ValueError for an unknown name, or if no weights are published for
-    it, and OSError if they cannot be loaded.
-    """
+    forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits N x num_classes x H x W, for
+    any H and W. With `pretrained`, the encoder has ImageNet weights. Raises ValueError for an
+    unknown name, or if no weights are published for it, and OSError if they cannot be loaded."""
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     spec = SPECS[name]
@@ -423,13 +402,8 @@ def build_model(name, num_classes=19, pretrained=False):
 
 def load_imagenet(encoder, url):
     """Load published ImageNet weights into `encoder`; torch.hub downloads and caches the file.
-
-    The ResNet downloads are verified against the start of the SHA-256 hash in their URL. The
-    ConvNeXt download is not, because its URL contains no hash. Loading cannot execute code.
-    Raises OSError if the weights cannot be loaded.
-    """
-    if torch.hub.HASH_REGEX.search(url) is None:
-        print(f"{url}: has no hash in its name, so the download is not verified", flush=True)
+    Downloads are verified against the start of the SHA-256 hash in their URL; ConvNeXt's has none.
+    Loading cannot execute code. Raises OSError if the weights cannot be loaded."""
     try:
         state = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", check_hash=True, weights_only=True)
@@ -466,10 +440,8 @@ class FastDepthwise(torch.autograd.Function):
         dL/dweight[i, j] = sum_rc dL/dy[r, c] x[r + i, c + j]
 
     On a CPU, PyTorch computes the second sum fast only for kernels of up to 3 columns. No column j
-    depends on another one, so `backward` computes the 7 columns in three parts, 3 + 3 + 1.
-    Forward and backward of 64 channels of 2 x 128 x 256 take 0.36 s on one core instead of 0.59 s
-    (float32), or 0.38 s instead of 0.70 s (bfloat16).
-    """
+    depends on another one, so `backward` computes the 7 columns in three parts, 3 + 3 + 1. This
+    takes 0.36 s instead of 0.59 s (one core, float32, forward too, 2 x 64 x 128 x 256)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -483,9 +455,7 @@ class FastDepthwise(torch.autograd.Function):
         channels, width = len(weight), grad.shape[3]
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
-        for j, columns in (0, 3), (3, 3), (6, 1):
-            # Column j of the kernel sees x[..., j : j + W]; this one and the next k - 1 columns
-            # together see x[..., j : j + k - 1 + W].
-            x_part = x[..., j:j + columns - 1 + width]
+        for j, columns in (0, 3), (3, 3), (6, 1):       # column j of the kernel and the next ones
+            x_part = x[..., j:j + columns - 1 + width]              # see these columns of x
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
         return grad_x, torch.cat(parts, dim=3), grad.sum((0, 2, 3))
