@@ -583,15 +583,12 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--ckpt", nargs="+", type=path_option, required=True, metavar="BEST_PT",
         help="one or more checkpoints of train.py, or the folders of their runs")
-    add("--data", type=path_option, metavar="FOLDER",
-        help="root of the dataset (default: that of the training, of the first checkpoint)")
+    add("--data", type=path_option, help="(default: that of the training, of the first checkpoint)")
     add("--split", default="val", help="train, val, test or another folder (default: val)")
-    add("--out", type=path_option, default="eval", metavar="FOLDER",
-        help="where results are written, over files of the same names (default: eval)")
+    add("--out", type=path_option, default="eval", help="(default: eval; replaces older results)")
     add("--tta", action="store_true", help="average over three scales and flips; 6 times slower")
     add("--images", type=path_option, help="a photo or a folder of photos, instead of a split")
-    add("--labels-out", type=path_option, metavar="FOLDER",
-        help="also write predictions as PNGs of label ids, at full size")
+    add("--labels-out", type=path_option, help="also write predictions as PNGs of label ids")
     add("--panels", type=number_in(1, 10**6, int), default=6, help="frames to draw (default: 6)")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],

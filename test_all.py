@@ -1,11 +1,9 @@
 """All tests of the project, as a reference: `python test_all.py`, or `pytest test_all.py`.
 
 The name of a test says what is promised. Read the helpers, here and at the beginning of a section,
-then the tests that interest you.
-
-Results are compared with something that does not share the code's mistakes: outputs of the
-published networks, values computed by hand or in plain loops, numerical gradients. The promises
-of a run are tested with the real main() of train.py and eval.py on a few small frames.
+then the tests that interest you. Results are compared with something that does not share the
+code's mistakes: outputs of the published networks, values computed by hand or in plain loops. The
+promises of a run are tested with the real main() of train.py and eval.py on a few small frames.
 """
 import atexit
 import contextlib
@@ -50,7 +48,6 @@ FOLDER = Path(tempfile.mkdtemp(prefix="unet-test-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
 # ---------------------------------------------------------------------------- helpers
-
 
 def raises(kind, function, *args):
     """Assert that the call raises `kind` -> the message."""
@@ -192,16 +189,6 @@ def test_up_equals_a_1x1_convolution_of_the_concatenation():
 
 
 @torch.no_grad()
-def test_an_image_is_padded_with_zeros_and_the_logits_are_cropped():
-    padded = torch.zeros(1, 3, 64, 96)
-    padded[..., :50, :70] = wave(50, 70)
-    for name in "resnet18", "convnext_tiny":
-        model = unet.build_model(name, num_classes=5).eval()
-        fill(model)
-        close(model(wave(50, 70)), model(padded)[..., :50, :70])
-
-
-@torch.no_grad()
 def test_logits_are_float32_and_upsampled_in_float32_under_autocast():
     model, convunext = unet.build_model("resnet18"), unet.build_model("convunext")
     small = []
@@ -266,14 +253,6 @@ def pretrained(name, file=None, answer=urllib.error.URLError("no network")):
         return unet.build_model(name, pretrained=True)
 
 
-def test_missing_network_is_one_line_that_says_what_to_do():
-    for name in "resnet18", "convnext_tiny":
-        message = raises(OSError, pretrained, name)
-        assert "\n" not in message
-        for part in "no network", unet.SPECS[name].url, str(FOLDER), "--no-pretrained":
-            assert part in message
-
-
 def test_imagenet_weights_placed_by_hand_are_used():
     for name in "resnet18", "convnext_tiny":
         source = unet.build_model(name).encoder
@@ -287,7 +266,12 @@ def test_imagenet_weights_placed_by_hand_are_used():
             assert torch.equal(value, state[key]), key
 
 
-def test_incomplete_hostile_and_wrong_weight_files_are_refused():
+def test_weights_that_cannot_be_loaded_are_one_line():
+    for name in "resnet18", "convnext_tiny":
+        message = raises(OSError, pretrained, name)
+        assert "\n" not in message
+        for part in "no network", unet.SPECS[name].url, str(FOLDER), "--no-pretrained":
+            assert part in message
     state = unet.build_model("resnet18").encoder.state_dict()
     del state["layer1.0.conv1.weight"]
     assert "layer1.0.conv1.weight" in raises(OSError, pretrained, "resnet18", state)
@@ -296,15 +280,11 @@ def test_incomplete_hostile_and_wrong_weight_files_are_refused():
     response = mock.MagicMock()
     response.__enter__().read.side_effect = [b"other bytes", b""]
     assert "invalid hash" in raises(OSError, pretrained, "resnet18", None, response)
-
-
-def test_unknown_models_are_refused():
-    assert "resnet18" in raises(ValueError, unet.build_model, "vgg")
     assert "--no-pretrained" in raises(ValueError, unet.build_model, "convunext", 19, True)
+    assert "resnet18" in raises(ValueError, unet.build_model, "vgg")
 
 
 # -------------------------------------------------------------------------- losses
-
 
 def example():
     """Logits 2 x 4 x 3 x 5 and their target: the last class is absent, five pixels are 255."""
@@ -362,17 +342,6 @@ def test_losses_ignore_pixels_of_255():
         assert not gradients[1][0, :, 0].any(), name
 
 
-def test_loss_gradients_equal_numerical_gradients():
-    logits, target = example()
-    step = 0.02 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
-    for name in losses.LOSSES:
-        loss = losses.build_loss(name, torch.tensor([1.0, 2.0, 0.5, 3.0]))
-        x = logits.clone().requires_grad_()
-        loss(x, target).backward()
-        change = (loss(logits + step, target) - loss(logits - step, target)) / 2
-        close((x.grad * step).sum(), change, 1e-2, 1e-5)
-
-
 def test_losses_stay_finite():
     logits, target = example()
     ignored = torch.full_like(target, 255)
@@ -411,7 +380,6 @@ def test_losses_refuse_unknown_names_and_wrong_shapes():
 
 
 # ------------------------------------------------------------------------- metrics
-
 
 def test_confusion_matrix_equals_a_count_in_loops():
     generator = torch.Generator().manual_seed(0)
@@ -470,15 +438,12 @@ def edited(old, new):
     return module
 
 
-def test_one_line_of_the_table_counts_trailers_as_trucks():
+def test_one_edit_counts_trailers_as_trucks_or_reads_other_classes():
     label = np.array([[30, 30, ROAD]], np.uint8)
     module = edited("# LABEL_TO_TRAIN[30]", "LABEL_TO_TRAIN[30]")
     frames = module.Cityscapes(write_tree(FOLDER / "trailers", label), "train")
     assert frames[0][1].tolist() == [[14, 14, 0]]
     assert frames.pixels[0, 14] == 2 and frames.pixels.sum() == 3
-
-
-def test_other_classes_need_only_an_edit_of_classes():
     for ids in [0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 40]:
         module = edited("]\nLABEL_IDS", f"]\nCLASSES = [Class(str(k), k, (k, k, k)) for k in {ids}]"
                         "\nLABEL_IDS")
@@ -517,13 +482,6 @@ def test_missing_and_unpaired_files_are_named():
     bad_frame(root, FileNotFoundError, "0 labels")
     image.rename(image.with_suffix(".webp"))
     bad_frame(root, FileNotFoundError, "no frames", ".webp")
-
-
-def test_folders_that_may_not_be_read_are_an_error():
-    root, image, label = good_tree("unreadable")
-    denied = PermissionError(13, "Permission denied", str(image.parent))
-    with mock.patch("pathlib.Path.iterdir", side_effect=denied):
-        bad_frame(root, PermissionError, image.parent)
 
 
 def test_broken_files_are_named():
@@ -567,7 +525,7 @@ def test_bombs_and_postscript_are_refused():
     ghostscript.assert_not_called()
 
 
-def test_pictures_of_any_mode_are_read():
+def test_pictures_of_any_mode_are_read_upright():
     ramp = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
     modes = "L", "RGB", "RGBA", "LA", "P", "CMYK"
     pictures = [Image.fromarray(ramp).convert(mode) for mode in modes]
@@ -579,14 +537,11 @@ def test_pictures_of_any_mode_are_read():
     for dtype in np.uint16, np.int32, np.float32:
         Image.fromarray(ramp.astype(dtype)).save(path)
         assert f"{path}: has " in raises(ValueError, data.read_image, path)
-
-
-def test_photos_are_turned_upright():
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6                                    # orientation: turn clockwise to view
-    Image.fromarray(pixels).save(FOLDER / "turned.png", exif=exif)
-    assert np.array_equal(data.read_image(FOLDER / "turned.png"), np.rot90(pixels, -1))
+    Image.fromarray(ramp).save(FOLDER / "turned.png", exif=exif)
+    turned = np.asarray(data.read_image(FOLDER / "turned.png"))
+    assert np.array_equal(turned[..., 1], np.rot90(ramp, -1))
 
 
 def test_normalize_uses_imagenet_numbers_in_rgb_order():
@@ -600,7 +555,6 @@ def test_normalize_uses_imagenet_numbers_in_rgb_order():
 
 
 # ------------------------------------------------------------------- data: dataset
-
 
 def test_what_is_not_read_is_listed():
     root, image, label = good_tree("unused")
@@ -634,14 +588,6 @@ def test_frames_may_be_jpg_and_endings_upper_case():
     assert len(labels) == 3 and not torch.stack(labels).any()
 
 
-def test_frames_are_sorted_in_any_order_of_the_file_system():
-    names, iterdir = data.Cityscapes(scenes(), "train").names, Path.iterdir
-    assert names == sorted(names)
-    for key in hash, lambda path: -hash(path):
-        with mock.patch("pathlib.Path.iterdir", lambda path: sorted(iterdir(path), key=key)):
-            assert data.Cityscapes(scenes(), "train").names == names
-
-
 def test_whole_frames_are_exact():
     label = np.arange(34, dtype=np.uint8).reshape(2, 17)
     label[0, 0] = 255                                   # license plate, id -1
@@ -651,15 +597,6 @@ def test_whole_frames_are_exact():
     assert image.dtype == target.dtype == torch.uint8
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
     assert np.array_equal(target.numpy(), data.LABEL_TO_TRAIN[label])
-
-
-def test_a_split_without_labels_reads_as_255():
-    root = write_tree(FOLDER / "unlabeled", np.full((4, 6), ROAD, np.uint8), split="test")
-    assert (data.Cityscapes(root, "test")[0][1] == 0).all()
-    shutil.rmtree(root / "gtFine")
-    frames = data.Cityscapes(root, "test")
-    assert frames.labels == [] and len(frames) == 1
-    assert frames[0][1].shape == (4, 6) and (frames[0][1] == 255).all()
 
 
 def cropped(**options):
@@ -737,13 +674,6 @@ def test_zoom_and_flip_are_spread_evenly():
     assert 70 < mirrored < 130
 
 
-def test_a_frame_of_less_than_a_pixel_is_one_pixel_of_the_crop():
-    image, label = Image.new("RGB", (1, 1), (9, 9, 9)), Image.new("L", (1, 1), 5)
-    for seed in range(20):
-        crop = data.augment(image, label, (64, 64), np.random.default_rng(seed), (0.3, 0.3))[1]
-        assert (np.asarray(crop) == 5).sum() == 1
-
-
 def test_jitter_equals_its_formula_and_changes_crops():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     brightness, contrast, saturation = np.random.default_rng(3).uniform(0.75, 1.25, 3)
@@ -758,7 +688,6 @@ def test_jitter_equals_its_formula_and_changes_crops():
 
 
 # -------------------------------------------------------- data: CopyBlob and weights
-
 
 def filled(values, names):
     """A Pillow image of 2 x 4 pixels of one gray value per frame, and its label."""
@@ -810,23 +739,12 @@ def test_class_weights_equal_their_formulas():
 
 # ------------------------------------------------------------------- data: loader
 
-
 def test_forked_and_spawned_workers_give_the_same_samples():
     frames, items = cropped(copyblob=0.5), range(3, 9)
     for options in {}, {"multiprocessing_context": "spawn"}:
         loader = data.make_loader(frames, 2, CPU, sampler=items, **options)
         for k, (image, label) in zip(items, loader, strict=True):
             assert torch.equal(image[0], frames[k][0]) and torch.equal(label[0], frames[k][1])
-
-
-def test_workers_are_the_share_of_the_cores():
-    with (mock.patch("os.sched_getaffinity", return_value=range(12), create=True),
-          mock.patch("os.cpu_count", return_value=64)):
-        for device, processes, expected in (("cpu", "", 0), ("mps", "", 8), ("mps", "3", 4),
-                                            ("mps", "100", 1)):
-            with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=processes):
-                loader = data.make_loader([0], None, torch.device(device))
-                assert loader.num_workers == expected
 
 
 def test_epochs_are_permutations_that_depend_on_seed_and_epoch():
@@ -856,7 +774,6 @@ print(*next(batches), flush=True)
 
 
 # --------------------------------------------------------- data: generated scenes
-
 
 def test_scenes_are_the_same_bytes_for_the_same_seed():
     again, other = FOLDER / "scenes-again", FOLDER / "scenes-other-seed"
@@ -1249,7 +1166,7 @@ def test_resume_after_a_signal_in_the_validation_is_exact():
     assert [row["miou"] is None for row in load(out)["log"]] == [True, False]
 
 
-def test_signals_to_the_group_and_a_closed_pipe():
+def test_signals_to_the_process_group():
     """The same command starts and continues. No process remains, not even a worker (`finish`)."""
     for workers, number, status in ((0, signal.SIGINT, 130), (2, signal.SIGTERM, 143),
                                     (2, signal.SIGKILL, -signal.SIGKILL)):
@@ -1265,11 +1182,6 @@ def test_signals_to_the_group_and_a_closed_pipe():
         assert process.returncode == status and load(out)["step"] < 6
         run(*new(out), "--resume")
         assert_same_run(out, whole_run())
-    process, out = launch(FOLDER / "closed-pipe"), FOLDER / "closed-pipe"
-    wait_for_save(process, out)
-    process.stdout.close()                          # an epoch is written before it is printed
-    process.wait(timeout=120)
-    assert load(out)["epoch"] == 1 and len((out / "log.csv").read_text().splitlines()) == 2
 
 
 def test_two_processes():
@@ -1362,15 +1274,12 @@ def test_bad_command_lines_are_one_line():
         (train, f"--out {good}", f"--resume {good}"),
         (train, "--model convunext --pretrained", "--no-pretrained"),
         (train, f"--model resnet34 --init {good}", "of resnet18 with 19 classes"),
-        (train, f"--init {files}", "has cut.pt, hostile.pt"),
         (train, f"--resume {good}/typo.pt", "has best.pt, last.pt"),
         (train, f"--resume {good}/best.pt", "resume from the last.pt"),
-        (evaluation, "", "--ckpt"),
         (evaluation, f"--ckpt {files}/resnet34.pt", "of resnet34 with 19 classes"),
         (evaluation, f"--ckpt {files}/nan.pt --out {out}", "not finite"),
         (evaluation, f"--ckpt {good} {good} --labels-out {out}", "--labels-out"),
         (evaluation, f"--ckpt {good} --images {FOLDER}/none", "none: no .png"),
-        (evaluation, f"--ckpt {good} --panels 0", "--panels"),
         (evaluation, f"--ckpt {good} --out {good}", "holds a run"),
         (evaluation, f"--ckpt {good} --split validation", "splits there: train, val")]
     for name in "junk", "cut", "hostile", "u-net", "missing":

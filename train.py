@@ -468,14 +468,14 @@ def restore(last, run, parts):
     say(f"resumed after {run.step} steps")
 
 
-def log_row(args, run, scores, steps_per_epoch, seconds):
-    """The row of log.csv for an epoch that took `seconds`; scores: a dict of `summarize`."""
+def log_row(args, run, scores, steps_per_epoch, times):
+    """The row of log.csv for an epoch; scores: a dict of `summarize`, times: see `main`."""
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
-           "lr": learning_rate(args, run.step - 1, steps_per_epoch),
-           "pixel_accuracy": scores["pixel_accuracy"], "miou": scores["miou"],
-           "mean_dice": scores["mean_dice"], "images_per_s": run.images_per_s,
-           "data_wait": run.data_wait, "seconds": seconds,
-           "gpu_gib": torch.cuda.max_memory_allocated() / 2**30}        # peak; 0 on a CPU
+           "lr": learning_rate(args, run.step - 1, steps_per_epoch)}
+    for key in "pixel_accuracy", "miou", "mean_dice":
+        row[key] = scores[key]
+    row.update(times)
+    row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30      # the peak; 0 on a CPU
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
     return row
@@ -532,7 +532,6 @@ def main(argv=None):
         miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
-        images_per_s=0.0, data_wait=0.0,            # of this epoch, for log.csv
         num_frames=num_frames,                      # must be equal on resume
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
@@ -590,10 +589,9 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
                 asked = time.monotonic()
-            if batches:                             # else a stop came during the validation
-                seconds = time.monotonic() - started
-                run.images_per_s = len(batches) * args.batch / seconds
-                run.data_wait = waited / seconds
+            seconds = time.monotonic() - started
+            times = {"images_per_s": len(batches) * args.batch / seconds,
+                     "data_wait": waited / seconds}
             save(out / "last.pt", args, run, model, parts)      # before the validation
 
             matrix = torch.zeros(len(CLASSES), len(CLASSES))
@@ -604,8 +602,8 @@ def main(argv=None):
             scores = summarize(matrix)              # None where nothing was validated
             run.epoch += 1
             run.miou = scores["miou"]
-            seconds = time.monotonic() - started
-            run.log.append(log_row(args, run, scores, steps_per_epoch, seconds))
+            times["seconds"] = time.monotonic() - started
+            run.log.append(log_row(args, run, scores, steps_per_epoch, times))
             run.loss_sum.zero_()
             if run.miou is not None and run.miou > run.best_miou:
                 run.best_miou = run.miou

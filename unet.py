@@ -302,7 +302,8 @@ class GatedUp(nn.Module):
         z = z.permute(0, 2, 3, 1)                   # N x H x W x C: Linear acts on the last axis
         s = skip.permute(0, 2, 3, 1)                # N x H x W x C
         f, i, g = self.gate(z).chunk(3, dim=-1)     # N x H x W x 3C -> three of N x H x W x C
-        new_s = torch.sigmoid(self.linear1(s + f)) * s + torch.sigmoid(i) * torch.tanh(g)
+        keep = torch.sigmoid(self.linear1(s + f))   # of the skip, 0 to 1
+        new_s = keep * s + torch.sigmoid(i) * torch.tanh(g)
         y = torch.cat([self.linear2(new_s), z], dim=-1)         # N x H x W x 2C
         return self.conv(self.conv1x1(y.permute(0, 3, 1, 2)))
 
