@@ -1,4 +1,4 @@
-"""Cityscapes as it is downloaded, training augmentation, CopyBlob, class weights, and the loader.
+"""Cityscapes as it is downloaded, augmentation, CopyBlob, class weights, loader, generated scenes.
 
 Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame, below one root:
 
@@ -10,7 +10,7 @@ ids 0 ... 18, which networks predict. All others become 255, which losses and me
 does the license plate: its label id is -1, which 8-bit files store as 255. A table maps label ids
 to train ids when a file is read, so nothing has to be converted beforehand.
 
-Sizes are height x width. Where Pillow wants the width first, a comment says so.
+Sizes are height x width; Pillow's own sizes, as in `resize`, are width x height.
 Random numbers come from (seed, epoch, index). A sample therefore does not depend on the number of
 workers or GPUs, and a resumed run sees the same samples as an uninterrupted one.
 """
@@ -132,9 +132,12 @@ def find_files(folder, pattern):
     links without a target, but not of COMPANIONS."""
     files, unused = {}, []
     for city in list_folder(folder):
-        for path in list_folder(city) if city.is_dir() else [city]:
+        if not city.is_dir():                       # a file that lies beside the cities
+            unused.append(city)
+            continue
+        for path in list_folder(city):
             match = pattern.fullmatch(path.name)
-            if match and path.is_file() and path != city:
+            if match and path.is_file():
                 name = f"{city.name}/{match[1]}"
                 if name in files:                   # x.jpg, then x.png: the last one is read
                     unused.append(files[name])
@@ -230,7 +233,7 @@ def place_window(length, crop, zoom, rng):
         zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500; the rest is padded
     """
     window = crop / zoom
-    lowest, highest = sorted([0, length - window])
+    lowest, highest = sorted([0, length - window])      # of the offset; not above 0 if it is longer
     offset = rng.uniform(lowest, highest)
     start = max(0, offset)
     end = min(length, offset + window)
@@ -242,7 +245,8 @@ def place_window(length, crop, zoom, rng):
 def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
-    A window of the frame is resized to the crop, so that zoom and crop are one operation:
+    A window of the frame is resized to the crop, so that zoom and crop are one operation. Height
+    and width are placed separately; on the right, the window is longer than the frame in height.
 
         frame                               window
         +--------------------+              +-----------+
@@ -292,7 +296,7 @@ def jitter(image, rng):
 # ----------------------------------------------------------------------------------- CopyBlob
 
 # Cityscapes has few pixels of wall, fence, bus and train, and networks often miss them. CopyBlob
-# pastes such a class from a donor, another training frame, at the same place:
+# pastes such a class from a donor, any training frame that shows it, at the same place:
 #
 #     frame                  donor                  result
 #     +----------------+     +----------------+     +----------------+
@@ -318,9 +322,9 @@ def find_donors(pixels):
         if len(frames) > 0:
             donors[train_id] = frames
     if not donors:
-        raise ValueError("--copyblob has nothing to paste: no training frame shows wall, fence, "
-                         f"bus or train on {LEAST_SHARE:.1%} of its labeled pixels; for other "
-                         "classes, edit RARE and IN_FRONT in data.py")
+        names = ", ".join(CLASSES[train_id].name for train_id in RARE)
+        raise ValueError(f"--copyblob has nothing to paste: no training frame shows one of {names} "
+                         f"on {LEAST_SHARE:.1%} of its labeled pixels; see RARE in data.py")
     return donors
 
 
@@ -353,14 +357,16 @@ def count_classes(labels):
 
 
 def enet_weights(pixels):
-    """1 / ln(1.02 + p), p: share of the labeled pixels (Paszke et al. 2016, arXiv 1606.02147)."""
+    """1 / ln(1.02 + p), p: share of the labeled pixels (Paszke et al. 2016, arXiv 1606.02147).
+    1.02 limits the weights to 1 / ln 1.02 = 50."""
     return 1 / np.log(1.02 + pixels.sum(axis=0) / pixels.sum())
 
 
 def median_weights(pixels):
     """median(f) / f, f: share in the frames that hold the class (Eigen and Fergus, 1411.4734)."""
-    in_frames_that_hold_it = (pixels > 0).T @ pixels.sum(axis=1)        # labeled pixels, of C
-    f = pixels.sum(axis=0) / np.maximum(1, in_frames_that_hold_it)
+    holds = pixels > 0                              # bool frames x classes
+    labeled = holds.T @ pixels.sum(axis=1)          # for each class, in the frames that hold it
+    f = pixels.sum(axis=0) / np.maximum(1, labeled)
     return np.where(f > 0, np.median(f[f > 0]) / np.maximum(f, 1e-30), 0)
 
 
@@ -379,7 +385,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Samples draw from (seed, epoch, index) with index < num_frames: never from this seed.
+    # Cityscapes draws from (seed, epoch, index) with index < num_frames: never from this seed.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -399,7 +405,6 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        # The workers ignore SIGTERM. PyTorch would send it at the end, and wait for them forever.
         atexit.unregister(kill_workers)             # so that it is registered only once
         atexit.register(kill_workers)
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
@@ -413,7 +418,8 @@ def ignore_stop_signals(worker):
 
 
 def kill_workers():
-    """Kill the workers that are left at the end of the program: they ignore PyTorch's SIGTERM."""
+    """Kill the workers that are left at the end of the program, for example after an error.
+    PyTorch would send them SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report their end as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

@@ -7,7 +7,8 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width.
+the whole split. Sizes are height x width. train.py also uses the sections device, prediction and
+checkpoints, `summarize`, the pictures' curves, and the helpers of the command line.
 """
 import argparse
 import errno
@@ -34,8 +35,8 @@ NAMES = [c.name for c in CLASSES]
 # -------------------------------------------------------------------------- device and precision
 
 def pick_device(name="auto"):
-    """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. Under
-    torchrun, each process takes the GPU of its LOCAL_RANK. ValueError if it cannot be used."""
+    """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
+    under torchrun is the GPU of LOCAL_RANK. Raises ValueError if the device cannot be used."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -148,9 +149,10 @@ def find_checkpoint(path, names=("best.pt", "last.pt")):
 
 
 def load_checkpoint(path):
-    """Read a best.pt or last.pt -> dict; `save` in train.py says what it holds.
-    Only tensors and plain Python values are read, so that a file cannot run code. Raises OSError,
-    or ValueError for a file that is no checkpoint of train.py."""
+    """Read a best.pt or last.pt -> dict: "model", the weights; "settings", the options of the
+    training; "epoch", "miou", "frame_size" (height, width), and more, see `save` in train.py. Only
+    tensors and plain Python values are read, so that a file cannot run code. Raises OSError, or
+    ValueError for a file that is no checkpoint of train.py."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         weights, name = saved["model"], saved["settings"]["model"]
@@ -160,7 +162,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
     if name not in SPECS or not isinstance(weights, dict):
-        raise ValueError(f"{path}: its model {name} is not in SPECS of unet.py")
+        raise ValueError(f"{path}: its model {name} is not one of SPECS in unet.py, with weights")
     return saved
 
 
@@ -169,9 +171,9 @@ def load_weights(model, saved, path, new_head=False):
     new_head: if the checkpoint has another number of classes, the network keeps its own last layer,
     and one line says so. Raises ValueError if the weights do not fit."""
     weights, own = dict(saved["model"]), model.state_dict()
-    *_, weight, bias = own                          # names of the last layer: a row for each class
+    weight, bias = list(own)[-2:]                   # names of the last layer: a row for each class
     classes = len(weights.get(bias, []))
-    if new_head and 0 < classes != len(own[bias]):
+    if new_head and classes not in (0, len(own[bias])):
         weights[weight], weights[bias] = own[weight], own[bias]
         print(f"{path}: has {classes} classes instead of {len(CLASSES)}, so the last layer starts "
               "from random weights", flush=True)
@@ -181,14 +183,6 @@ def load_weights(model, saved, path, new_head=False):
         raise ValueError(f"{path}: its weights, of {saved['settings']['model']} with {classes} "
                          f"classes, do not fit the network of --model with {len(CLASSES)} classes"
                          ) from error
-
-
-def find_data(settings):
-    """The root of the data of a run. If there is none, or it is gone: $CITYSCAPES_DATASET."""
-    folder = settings.get("data")
-    if folder is None or not Path(folder).exists():
-        folder = os.environ.get("CITYSCAPES_DATASET") or folder
-    return folder
 
 
 def load_model(path, device):
@@ -252,8 +246,7 @@ def class_table(result):
 
 def comparison(names, results):
     """One column of scores for each checkpoint, as text."""
-    width = 2 + max(5, *map(len, names))
-    lines = []
+    width, lines = 2 + max(5, *map(len, names)), []
 
     def add_line(title, texts):
         lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
@@ -270,8 +263,7 @@ def comparison(names, results):
 def predicted_shares(pixels):
     """Text: the predicted classes by their share of the pixels (int C), largest first."""
     shares = pixels / max(1, pixels.sum())
-    order = np.argsort(-shares)
-    text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in order if shares[i] > 0)
+    text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
     if shares.max() > 0.95:
         text += ("\nWARNING: nearly all pixels have one class; "
                  "are these pictures like those of the training?")
@@ -417,7 +409,7 @@ def save_labels(train_ids, folder, frame):
 
 def score_split(ckpts, device, dtype, args):
     """Score the checkpoints on the frames of --split -> a list of the dicts in metrics.json."""
-    args.data = args.data or find_data(ckpts[0]["settings"])
+    args.data = args.data or ckpts[0]["settings"]["data"]
     dataset = Cityscapes(args.data, args.split)
     if args.labels_out:
         check_unique(dataset.names, args.data)
@@ -437,7 +429,9 @@ def score_split(ckpts, device, dtype, args):
             logs[names[-1]] = path.with_name("log.csv")
     if len(ckpts) > 1:
         print("\n" + comparison(names, results))
-        rows = [row for frame in zip(*pictured) for row in frame]       # a frame after the other
+        rows = []
+        for rows_of_frame in zip(*pictured):        # the first frame of each checkpoint, the second
+            rows += rows_of_frame
         picture_grid(rows).save(args.out / "comparison.png")
     if logs:
         curves_picture(logs).save(args.out / "curves.png")
@@ -467,8 +461,9 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
         if args.labels_out:
             save_labels(prediction, args.labels_out, dataset.names[index])
         if index in chosen:
-            row = panel(image, label, prediction, f"prediction of {ckpt['path']}")
-            picture_grid([row]).save(out / f"panel_{dataset.names[index]}.png")
+            title = "/".join(ckpt["path"].resolve().parts[-2:])         # folder and file
+            row = panel(image, label, prediction, f"prediction of {title}")
+            picture_grid([row]).save(out / f"panel_{index}_{dataset.names[index]}.png")
             if len(rows) < 2:                       # all of them would fill the memory
                 rows.append(row)
     result = {"checkpoint": str(ckpt["path"]), "settings": settings, "epoch": ckpt["epoch"],
@@ -585,7 +580,7 @@ def parse_args(argv=None):
         help="one or more checkpoints of train.py, or the folders of their runs")
     add("--data", type=path_option, help="(default: that of the training, of the first checkpoint)")
     add("--split", default="val", help="train, val, test or another folder (default: val)")
-    add("--out", type=path_option, default="eval", help="(default: eval; replaces older results)")
+    add("--out", type=path_option, default=Path("eval"), help="folder of results (default: eval)")
     add("--tta", action="store_true", help="average over three scales and flips; 6 times slower")
     add("--images", type=path_option, help="a photo or a folder of photos, instead of a split")
     add("--labels-out", type=path_option, help="also write predictions as PNGs of label ids")

@@ -74,9 +74,9 @@ def dice(logits, target, weights):
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
 
-    In Dice, a rare class counts as much as a frequent one. But softmax gives the gradient of Dice
-    by the logit of the true class a factor p: it is near 0 where p is near 0. That of cross-entropy
-    is largest there."""
+    In Dice, a rare class counts as much as a frequent one. But its gradient by the logit of the
+    true class contains the factor p (from softmax), so that it is near 0 where p is near 0. The
+    gradient of cross-entropy, p - 1, is largest there."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

@@ -37,15 +37,18 @@ from torch import nn
 import metrics
 from data import (CLASS_WEIGHTS, CLASSES, SCENES_MARK, Cityscapes, class_weights, copy_blob,
                   count_classes, epoch_batches, make_loader, make_scenes, normalize)
-from eval import (PALETTE, OptionParser, command_line, curves_picture, find_checkpoint, find_data,
+from eval import (PALETTE, OptionParser, command_line, curves_picture, find_checkpoint,
                   load_checkpoint, load_weights, number_in, path_option, pick_amp, pick_device,
                   picture_grid, predictions, progress, report_unused, summarize)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
+RANK = int(os.environ.get("RANK") or 0)                 # torchrun numbers the processes that it
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)     # starts: 0 ... WORLD_SIZE - 1
+
 # ------------------------------------------------------------------------------------ options
 
-DEFAULTS = {        # for real frames: the usual settings of published training runs on Cityscapes
+DEFAULTS = {        # for real frames: as in published training runs on Cityscapes
     "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
     "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
     "compile": False, "save_minutes": 5.0}
@@ -64,15 +67,15 @@ def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
     a line here and in DEFAULTS; it is then saved and resumed by itself. Raises ValueError."""
     parser = OptionParser(__doc__.split("`main`")[0])
-    add, whole, part = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
+    add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
     add("--data", type=path_option, help="root of it (default: $CITYSCAPES_DATASET, else scenes)")
-    add("--model", choices=MODELS, help="(default: resnet34; for scenes resnet18)")
+    add("--model", choices=MODELS, help="(default: that of --init, or resnet34; scenes resnet18)")
     add("--loss", choices=LOSSES, help="(default: ce, cross-entropy)")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weights in the loss (default: none)")
     add("--copyblob", type=number_in(0, 1), nargs="?", const=1.0, metavar="P",
         help="paste a rare class into a frame with probability P (default: 0; without a value 1)")
-    add("--epochs", type=whole, help="(default: 200; for scenes 10)")
-    add("--batch", type=whole, help="of all GPUs together (default: 8; convunext 4; scenes 2)")
+    add("--epochs", type=count, help="(default: 200; for scenes 10)")
+    add("--batch", type=count, help="of all GPUs together (default: 8; convunext 4; scenes 2)")
     add("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
         help="height and width of training crops (default: 512 1024, at most the frame)")
     add("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
@@ -80,19 +83,19 @@ def parse_args(argv=None):
     add("--optimizer", choices=OPTIMIZER_DEFAULTS, help="(default: sgd; for Conv(U)NeXt adamw)")
     add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
         "for scenes 0.025 x batch; adamw 0.001)")
-    add("--encoder-lr", type=part, metavar="FACTOR", help="factor on --lr for an encoder that "
-        "starts from ImageNet weights or --init (default: sgd 0.5, adamw 0.1)")
-    add("--weight-decay", type=part, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
+    add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
+        "weights from ImageNet or --init (default: sgd 0.5, adamw 0.1)")
+    add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
     add("--pretrained", action=BooleanOptionalAction, help="from ImageNet (default: real frames)")
-    add("--init", type=path_option, help="start from the weights of a checkpoint or a run's folder")
-    add("--val-every", type=whole, help="epochs between validations (default: 1)")
+    add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
+    add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
     add("--workers", type=number_in(0, 1000, int), help="for each GPU (default: up to 8; CPU 0)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
     add("--compile", action=BooleanOptionalAction, help="use torch.compile (default: no)")
-    add("--save-minutes", type=part, metavar="N", help="time between saves (default: 5)")
+    add("--save-minutes", type=at_least_0, metavar="N", help="time between saves (default: 5)")
     add("--out", type=path_option, help="(default: here; an earlier run is moved to runs/)")
     add("--resume", type=path_option, nargs="?", const=True, metavar="LAST_PT", help="continue a "
         "run; without a value, that of --out if there is one, else start a new run")
@@ -106,42 +109,41 @@ def parse_args(argv=None):
 
 
 def choose_options(args, saved):
-    """Fill in the options that were not typed. On resume, the `saved` ones come first: the
-    "settings" of last.pt. What is still missing then follows from the data (scenes or not), the
-    model, and the optimizer, in this order. Draws the generated scenes if there is no other data.
-    Raises ValueError if a typed option may not change."""
+    """Fill in the options that were not typed; only --crop and --workers are chosen later. On
+    resume, the `saved` ones come first, the "settings" of last.pt. The others depend on the data
+    (scenes or not), the model, and the optimizer, in this order. Draws the generated scenes if
+    there is no other data. Raises ValueError if a typed option may not change."""
     def fill(values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
-
-    args.data = args.data or find_data(saved)
     for name, value in saved.items():
         typed = getattr(args, name, None)
         if typed not in (None, value) and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')} is {value} in the run to resume; leave "
                              "this option out, or start a new run in another --out")
     fill(saved)
-    if not args.data:
+    fill({"data": os.environ.get("CITYSCAPES_DATASET") or None})
+    if args.data is None:
         args.data = "scenes"
         say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
         if RANK == 0:
             make_scenes(args.data)
         if WORLD_SIZE > 1:
             dist.barrier()
-    args.data = str(Path(args.data).resolve())      # eval.py may run in another folder
-    rate = 0.0015           # of SGD, for each frame of a batch (Goyal et al. 2017, 1706.02677)
-    if args.init and args.model is None:
-        args.model = load_checkpoint(find_checkpoint(args.init))["settings"]["model"]
-    if (Path(args.data) / SCENES_MARK).exists():
-        rate = 0.025
+    args.data = str(Path(os.path.expanduser(args.data)).resolve())      # eval.py may run elsewhere
+    if args.init:
+        fill({"model": load_checkpoint(find_checkpoint(args.init))["settings"]["model"]})
+    is_scenes = (Path(args.data) / SCENES_MARK).exists()
+    if is_scenes:
         fill(SCENES_DEFAULTS)
     fill(DEFAULTS)
     spec = SPECS[args.model]
     fill({"optimizer": spec.optimizer, "batch": spec.batch})
     fill({"pretrained": spec.url is not None and not args.init})
     fill(OPTIMIZER_DEFAULTS[args.optimizer])
-    fill({"lr": rate * args.batch})                 # AdamW has its own already
+    rate = 0.025 if is_scenes else 0.0015       # of SGD, for each frame of a batch (Goyal et al.
+    fill({"lr": rate * args.batch})             # 2017, arXiv 1706.02677); AdamW has its own above
 
 
 # ---------------------------------------------------------------------- the parts of the run
@@ -154,11 +156,10 @@ def build_data(args, device):
         height, width = val_set[0][1].shape
         args.crop = [max(64, min(512, height)), max(64, min(1024, width))]
     if args.copyblob > 0 or args.class_weights != "none":
-        say("counting the pixels of each class in the training labels")
+        say("counting the pixels of each class in the training labels (Cityscapes.pixels)")
     train_set = Cityscapes(args.data, "train", args.crop, args.copyblob, args.seed, args.scale)
     if args.batch > len(train_set):
-        raise ValueError(f"--batch {args.batch}: there are only {len(train_set)} training frames; "
-                         "lower it")
+        raise ValueError(f"--batch {args.batch}: only {len(train_set)} training frames; lower it")
     if args.batch % WORLD_SIZE != 0:
         raise ValueError(f"--batch {args.batch} cannot be divided among {WORLD_SIZE} processes")
 
@@ -301,11 +302,10 @@ def write(data, path):
 
 
 def save(path, args, run, model, parts):
-    """Write best.pt or last.pt on rank 0.
-    best.pt holds the weights of the best validation mIoU, last.pt those of the last step. eval.py
-    and --init take "model", the weights, and "settings", the options, from either. --resume needs
-    all of last.pt: "model" and the states of `parts`, which every step changes, and the values of
-    `run` (see `main`), of which eval.py uses some: epoch, miou, frame_size."""
+    """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
+    last step. Both hold "model", the weights; "settings", the options; and the values of `run` (see
+    `main`). last.pt also has the states of `parts`, which only --resume needs. Raises
+    FloatingPointError, on all ranks, if the weights are not finite."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
@@ -326,7 +326,7 @@ def prepare_out(out, args, train_set):
     out.mkdir(parents=True, exist_ok=True)
     rows = []                                       # frame 0 with the first class, 1 with the next
     for index, (train_id, frames) in enumerate(train_set.donors.items()):
-        image, label = train_set.read(index)
+        image, label = train_set.read(index % len(train_set))
         largest = train_set.pixels[frames, train_id].argmax()
         donor_image, donor_label = train_set.read(frames[largest])
         pasted, new_label = copy_blob(image, label, donor_image, donor_label, train_id)
@@ -369,12 +369,10 @@ def write_log(log, out):
 
 # ---------------------------------------------------------------- several processes, and signals
 
-# torchrun starts one process for each GPU. All of them must call torch.distributed's operations:
-#     all_reduce      the sum or maximum over all processes, in place
+# All ranks must call the operations of torch.distributed together:
+#     all_reduce      the sum or maximum over all ranks, in place
 #     broadcast       a copy of rank 0's value
-#     barrier         wait until all processes are here
-RANK = int(os.environ.get("RANK") or 0)             # the number of this process
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)             # how many there are
+#     barrier         wait until all ranks are here
 
 
 def say(text):
@@ -434,15 +432,15 @@ def find_run(args):
     """The folder of the run, and its last.pt (see `load_checkpoint`) or None for a new run.
     --resume PATH continues that run; a bare --resume the one in --out if it has a last.pt. Raises
     ValueError or OSError if there is none, or if a new run would overwrite another one."""
-    out = args.out or Path()
-    if args.resume is True and not (out / "last.pt").exists():
-        args.resume = None
-    if args.resume is None:
+    out, resume = args.out or Path(), args.resume
+    if resume is True:                              # a bare --resume
+        resume = out if (out / "last.pt").exists() else None
+    if resume is None:                              # a new run
         if args.out and any((out / name).exists() for name in RUN_FILES[:3]):
-            raise ValueError(f"{out.resolve()} holds another run; choose another --out, or "
-                             f"continue that run with --resume {out}")
+            raise ValueError(f"{out.resolve()} holds another run; choose another --out, or if it "
+                             f"has a last.pt, continue it with --resume {out}")
         return out, None
-    path = find_checkpoint(out if args.resume is True else args.resume, ["last.pt"])
+    path = find_checkpoint(resume, ["last.pt"])
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
     last = load_checkpoint(path)
@@ -512,10 +510,9 @@ def main(argv=None):
     total_steps = args.epochs * steps_per_epoch
     dtype = pick_amp(args.amp, device)
     start = "ImageNet" if args.pretrained else args.init or "random"
-    say(f"{args.model} from {start} weights, loss {args.loss}, {num_frames[0]} training and "
-        f"{num_frames[1]} validation frames of {args.data}, crop {args.crop[0]} x {args.crop[1]}, "
-        f"batch {args.batch}, {args.epochs} epochs, {WORLD_SIZE} x {device} "
-        f"{dtype or torch.float32}")
+    say(f"{args.model} from {start} weights, {num_frames[0]} training and {num_frames[1]} "
+        f"validation frames of {args.data}, loss {args.loss}, crop {args.crop}, batch "
+        f"{args.batch}, {args.epochs} epochs, {WORLD_SIZE} x {device} {dtype or torch.float32}")
     model, network = build_network(args, device, last)
     optimizer = build_optimizer(model, args)
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
@@ -540,7 +537,7 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(number):                          # `started` is set in the loop, at each epoch
+    def step_line(number):      # for `progress`; also ends a run whose loss is not finite
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number
@@ -599,7 +596,7 @@ def main(argv=None):
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:
                     end_stopped(stop, out)
-            scores = summarize(matrix)              # None where nothing was validated
+            scores = summarize(matrix)              # zeros have no score: all are None
             run.epoch += 1
             run.miou = scores["miou"]
             times["seconds"] = time.monotonic() - started
@@ -613,7 +610,9 @@ def main(argv=None):
             save(out / "last.pt", args, run, model, parts)
             saved_at = time.monotonic()
             say(format_row(run.log[-1], args.epochs))
-    say(f"best validation mIoU {run.best_miou:.3f}; now: python eval.py --ckpt {out / 'best.pt'}")
+    if run.best_miou >= 0:
+        say(f"best validation mIoU {run.best_miou:.3f}; "
+            f"now: python eval.py --ckpt {out / 'best.pt'}")
     leave_group()
     return run.log
 

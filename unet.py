@@ -51,7 +51,7 @@ class BasicBlock(nn.Module):
 
 class Bottleneck(nn.Module):
     """Residual block of 1x1, 3x3, 1x1 convolutions (ResNet, fig. 5 right), for ResNet-50 and more.
-    N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride) The stride is on the
+    N x channels x H x W -> N x 4 width x ceil(H / stride) x ceil(W / stride). The stride is on the
     3x3 convolution, as in the published weights ("ResNet v1.5")."""
     expansion = 4
 
@@ -125,7 +125,7 @@ class ConvNeXtBlock(nn.Module):
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
         # Computes what nn.Conv2d computes, and trains faster on a CPU: see the end of this file.
-        self.dwconv = DepthwiseConv(channels, channels, 7, padding=3, groups=channels)
+        self.dwconv = DepthwiseConv(channels)       # 7x7
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)        # a 1x1 convolution, as published
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -256,8 +256,7 @@ class ConvUNeXtBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.dwconv = DepthwiseConv(channels, channels, 7, padding=3, groups=channels,
-                                    padding_mode="reflect")
+        self.dwconv = DepthwiseConv(channels, padding_mode="reflect")
         self.norm1 = nn.BatchNorm2d(channels)
         self.pwconv1 = nn.Linear(channels, 4 * channels)
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -322,7 +321,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many as its skip, for up1
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
@@ -356,7 +355,7 @@ class ConvUNeXt(nn.Module):
 # --------------------------------------------------------------- models by name, with weights
 
 # One row for each model:
-#   build       a function of n, the number of classes -> model
+#   build       a function of n, the number of classes -> model whose last layer has n rows
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
 #   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
@@ -423,7 +422,11 @@ def load_imagenet(encoder, url):
 # ---------------------------------------------------------------- depthwise convolution on a CPU
 
 class DepthwiseConv(nn.Conv2d):
-    """nn.Conv2d(C, C, 7, padding=3, groups=C), trained on a CPU with `FastDepthwise`."""
+    """A 7x7 convolution with a filter for each channel, trained on a CPU with `FastDepthwise`."""
+
+    def __init__(self, channels, padding_mode="zeros"):
+        super().__init__(channels, channels, 7, padding=3, groups=channels,
+                         padding_mode=padding_mode)
 
     def forward(self, x):
         if x.device.type != "cpu" or not torch.is_grad_enabled():
@@ -437,8 +440,8 @@ class FastDepthwise(torch.autograd.Function):
 
     In each channel, y and the gradient of the loss L (also summed over the images) are
 
-        y[r, c]          = bias + sum_ij weight[i, j] x[r + i, c + j]           i, j = 0 ... 6
-        dL/dweight[i, j] = sum_rc dL/dy[r, c] x[r + i, c + j]
+        y[r, q]          = bias + sum_ij weight[i, j] x[r + i, q + j]           i, j = 0 ... 6
+        dL/dweight[i, j] = sum_rq dL/dy[r, q] x[r + i, q + j]
 
     On a CPU, PyTorch computes the second sum fast only for kernels of up to 3 columns. No column j
     depends on another one, so `backward` computes the 7 columns in three parts, 3 + 3 + 1. This
