@@ -1068,7 +1068,7 @@ def test_best_is_the_best_epoch_and_a_run_can_be_extended():
 
 
 def test_runs_without_out_keep_the_files_of_the_run_before():
-    words, earlier, later = SMALL.split(), Path("runs/resnet18-ce"), Path("runs/resnet18-dice")
+    words, earlier, later = SMALL.split(), Path("runs/resnet18-ce"), Path("runs/resnet18-dice-2")
     with contextlib.chdir(tempfile.mkdtemp(dir=FOLDER)):
         run("--data", scenes(), *words, "--loss", "ce")
         files = {path.name: path.read_bytes() for path in Path().iterdir()}
@@ -1079,6 +1079,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
         assert files == {path.name: path.read_bytes() for path in earlier.iterdir()}
         results, _ = score("--ckpt", earlier, "best.pt", build=tiny)
         assert [result["settings"]["loss"] for result in results] == ["ce", "dice"]
+        later.with_name("resnet18-dice").mkdir()    # the name is taken
         told = run("--data", scenes(), *words, "--epochs", "1")
         assert f"python train.py --resume {later} continues it\n" in told
         run("--resume", later)
@@ -1086,19 +1087,21 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
 
 
 def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
-    def infinite_loss():
-        network.bias.data[0] = math.inf
+    def infinite_loss():                            # float16 then leaves the weights as they are
+        network.register_forward_hook(lambda network, inputs, output: output * math.inf)
 
     def infinite_weights():                         # from the gradients; the loss is still finite
         network.bias.register_hook(lambda gradient: gradient * math.inf)
 
     disk = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
     tree = striped_tree("four", [[7] * 4] * 4)      # two steps an epoch
-    for step, action, part in ((2, infinite_loss, "finite"), (3, infinite_weights, "finite"),
-                               (2, disk.start, "last.pt: cannot be written (No space left")):
+    for step, action, amp, part in ((2, infinite_loss, "fp16", "the loss or the weights are not"),
+                                    (3, infinite_weights, "off", "the loss or the weights are not"),
+                                    (2, disk.start, "off", "last.pt: cannot be written (No space")):
         network, out = constant(), Path(tempfile.mkdtemp(dir=FOLDER))
         with before_step(step, action):
-            line = one_line(train, *new(out), "--data", tree, build=lambda *args: network)
+            words = *new(out), "--data", tree, "--amp", amp
+            line = one_line(train, *words, build=lambda *args: network)
         mock.patch.stopall()
         assert part in line and load(out)["step"] == 2 and not list(out.glob("*.part"))
         assert load(out)["model"]["bias"].isfinite().all()

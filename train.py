@@ -132,8 +132,8 @@ def choose_options(args, saved):
         if WORLD_SIZE > 1:
             dist.barrier()
     args.data = str(Path(os.path.expanduser(args.data)).resolve())      # eval.py may run elsewhere
-    if args.init:
-        fill({"model": load_checkpoint(find_checkpoint(args.init))["settings"]["model"]})
+    if args.init and args.model is None:
+        args.model = load_checkpoint(find_checkpoint(args.init))["settings"]["model"]
     is_scenes = (Path(args.data) / SCENES_MARK).exists()
     if is_scenes:
         fill(SCENES_DEFAULTS)
@@ -186,8 +186,8 @@ def build_network(args, device, last):
     `last`, the last.pt of a run that continues.
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
-    ranks in backward(), so that all ranks take the same step. Each loss is a mean over the pixels
-    of its own rank, so the result differs a little from that of one process with the whole batch.
+    ranks in backward(), so that all ranks take the same step. Each loss is computed from the
+    pixels of its own rank, so the result differs a little from that of one process with the whole batch.
     On GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
