@@ -186,9 +186,9 @@ def build_network(args, device, last):
     `last`, the last.pt of a run that continues.
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
-    ranks in backward(), so that all ranks take the same step. Each loss is computed from the
-    pixels of its own rank, so the result differs a little from that of one process with the whole batch.
-    On GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
+    ranks in backward(), so that all ranks take the same step. Each rank computes the loss of its
+    own frames, so the result differs a little from that of one process with the whole batch. On
+    GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
     model = build_model(args.model, len(CLASSES), pretrained)
