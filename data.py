@@ -157,7 +157,7 @@ class Cityscapes(torch.utils.data.Dataset):
 
     Item k = epoch * len + index, so that a frame has new random numbers in each epoch. train.py
     asks for these k; whole frames are items 0 ... len - 1. A split other than train and val may
-    have no labels; then all pixels are 255. Raises FileNotFoundError if files are missing."""
+    have no labels; then all pixels are 255. Raises OSError or ValueError for wrong files."""
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
         root = Path(os.path.expanduser(root))
@@ -233,7 +233,8 @@ def place_window(length, crop, zoom, rng):
         zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500; the rest is padded
     """
     window = crop / zoom
-    lowest, highest = sorted([0, length - window])      # of the offset; not above 0 if it is longer
+    # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
+    lowest, highest = sorted([0, length - window])
     offset = rng.uniform(lowest, highest)
     start = max(0, offset)
     end = min(length, offset + window)
@@ -246,7 +247,7 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
     A window of the frame is resized to the crop, so that zoom and crop are one operation. Height
-    and width are placed separately; on the right, the window is longer than the frame in height.
+    and width are placed separately; in the second drawing, the window is higher than the frame.
 
         frame                               window
         +--------------------+              +-----------+
@@ -374,7 +375,7 @@ CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 
 def class_weights(pixels, scheme):
-    """int frames x classes -> float32, one for each class; 0 or large for one that never occurs."""
+    """int frames x classes -> float32, one per class; if it never occurs, 0 (median), 50 (enet)."""
     return torch.tensor(CLASS_WEIGHTS[scheme](pixels), dtype=torch.float32)
 
 

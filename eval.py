@@ -7,8 +7,8 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width. train.py also uses the sections device, prediction and
-checkpoints, `summarize`, the pictures' curves, and the helpers of the command line.
+the whole split. Sizes are height x width. train.py imports from here what both scripts need:
+device, prediction, checkpoints, scores, drawing, and the command line.
 """
 import argparse
 import errno
@@ -173,7 +173,7 @@ def load_weights(model, saved, path, new_head=False):
     weights, own = dict(saved["model"]), model.state_dict()
     weight, bias = list(own)[-2:]                   # names of the last layer: a row for each class
     classes = len(weights.get(bias, []))
-    if new_head and classes not in (0, len(own[bias])):
+    if new_head and classes not in (0, len(own[bias])):         # 0: another network, see below
         weights[weight], weights[bias] = own[weight], own[bias]
         print(f"{path}: has {classes} classes instead of {len(CLASSES)}, so the last layer starts "
               "from random weights", flush=True)

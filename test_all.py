@@ -425,7 +425,7 @@ def test_label_table():
     names = [c.name for c in data.CLASSES]
     assert [c.label_id for c in data.CLASSES] == ids
     assert names[3:5] == ["wall", "fence"] and names[13:17] == ["car", "truck", "bus", "train"]
-    ignored = np.setdiff1d(np.arange(256), [*ids, 30])  # 30 may count as a truck, see CLASSES
+    ignored = np.setdiff1d(np.arange(256), [*ids, 30])  # 30 may count as a truck
     assert data.LABEL_TO_TRAIN[ids].tolist() == list(range(19))
     assert (data.LABEL_TO_TRAIN[ignored] == 255).all()
     assert data.TRAIN_TO_LABEL.tolist() == ids + [255] * 237

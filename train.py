@@ -7,7 +7,8 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it; with --copyblob also
-copyblob.png, which shows what is pasted.
+copyblob.png, which shows what is pasted. last.pt is saved after the first step, every 5 minutes,
+after a signal, and before and after each validation.
 
 `main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
 the loop. The functions above it are its parts.
@@ -149,8 +150,7 @@ def choose_options(args, saved):
 # ---------------------------------------------------------------------- the parts of the run
 
 def build_data(args, device):
-    """Build what is learned from, and say what was found.
-    -> training set (random crops), validation set (whole frames), loss function"""
+    """Build training set (random crops), validation set (whole frames), and loss function."""
     val_set = Cityscapes(args.data, "val")
     if args.crop is None:                           # 512 x 1024, or the frame if it is smaller
         height, width = val_set[0][1].shape
@@ -181,7 +181,6 @@ def build_data(args, device):
 
 def build_network(args, device, last):
     """Build the network -> (model, network): what is saved, and what a step calls.
-
     The weights are random, those of ImageNet (--pretrained), of a checkpoint (--init), or of
     `last`, the last.pt of a run that continues.
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
@@ -445,14 +444,12 @@ def find_run(args):
         raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
     last = load_checkpoint(path)
     if "optimizer" not in last:
-        raise ValueError(f"--resume {path}: has the weights of a run, but not the rest; resume "
-                         "from the last.pt beside it, or start a new run with --init")
+        raise ValueError(f"{path}: resume from the last.pt beside it, or use it with --init")
     return path.parent, last
 
 
 def restore(last, run, parts):
-    """Set the position and the states of `parts` as they are in a last.pt.
-    Raises ValueError if the data has other numbers of frames."""
+    """Continue from a last.pt: set `run` and `parts`. ValueError if other frames are there."""
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
@@ -537,7 +534,8 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(number):      # for `progress`; also ends a run whose loss is not finite
+    def step_line(number):      # for `progress`, which calls it in the loop: `number` steps after
+        # `started`, when this epoch began or was resumed. Also ends a run whose loss is not finite.
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number
@@ -591,7 +589,7 @@ def main(argv=None):
                      "data_wait": waited / seconds}
             save(out / "last.pt", args, run, model, parts)      # before the validation
 
-            matrix = torch.zeros(len(CLASSES), len(CLASSES))
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:

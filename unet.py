@@ -355,7 +355,7 @@ class ConvUNeXt(nn.Module):
 # --------------------------------------------------------------- models by name, with weights
 
 # One row for each model:
-#   build       a function of n, the number of classes -> model whose last layer has n rows
+#   build       a function of n, the number of classes -> model; the layer built last has n rows
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
 #   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
@@ -459,7 +459,8 @@ class FastDepthwise(torch.autograd.Function):
         channels, width = len(weight), grad.shape[3]
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
-        for j, columns in (0, 3), (3, 3), (6, 1):       # column j of the kernel and the next ones
-            x_part = x[..., j:j + columns - 1 + width]              # see these columns of x
+        for j, columns in (0, 3), (3, 3), (6, 1):
+            # Columns j ... j + columns - 1 of the kernel see these columns of x:
+            x_part = x[..., j:j + columns - 1 + width]
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
         return grad_x, torch.cat(parts, dim=3), grad.sum((0, 2, 3))
