@@ -32,7 +32,7 @@ from unet import SPECS, build_model
 
 NAMES = [c.name for c in CLASSES]
 
-# -------------------------------------------------------------------------- device and precision
+# -------------------------------------------------- device and precision (also for train.py)
 
 def pick_device(name="auto"):
     """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
@@ -57,8 +57,8 @@ def pick_device(name="auto"):
 
 def pick_amp(name, device):
     """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
-    "auto" is the fastest: bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16 if
-    it has matrix units for it (AMX)."""
+    "auto" is bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16 if it has
+    matrix units for it (AMX); else float32."""
     if name == "auto":
         name = "off"
         if device.type == "cuda":
@@ -70,7 +70,7 @@ def pick_amp(name, device):
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
-# ------------------------------------------------------------------------------------ prediction
+# ------------------------------------------------------------- prediction (also for train.py)
 
 @torch.no_grad()
 def predict(model, images, dtype=None, tta=False):
@@ -133,7 +133,7 @@ def progress(items, describe):
     print(start, end="", flush=True)
 
 
-# --------------------------------------------------------------------------------- checkpoints
+# ------------------------------------------------------------ checkpoints (also for train.py)
 
 def find_checkpoint(path, names=("best.pt", "last.pt")):
     """The path of a checkpoint; in the folder of a run, the first of `names` that is there.
@@ -181,8 +181,8 @@ def load_weights(model, saved, path, new_head=False):
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: its weights, of {saved['settings']['model']} with {classes} "
-                         f"classes, do not fit the network of --model with {len(CLASSES)} classes"
-                         ) from error
+                         f"classes, do not fit this network with {len(CLASSES)} classes; use the "
+                         "code and the --model of its training") from error
 
 
 def load_model(path, device):
@@ -196,7 +196,7 @@ def load_model(path, device):
     return {**saved, "path": path, "network": network}
 
 
-# ------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------- scores and tables
 
 def summarize(matrix):
     """All scores of a confusion matrix (int64 C x C) as plain Python values; None for NaN."""
@@ -525,7 +525,7 @@ def predict_photos(ckpt, device, dtype, args):
         raise OSError(f"{failures} of {len(photos)} photos failed, see above")
 
 
-# ---------------------------------------------------------------------------- the command line
+# ------------------------------------------- the command line (its helpers also for train.py)
 
 class OptionParser(argparse.ArgumentParser):
     """An ArgumentParser that raises ValueError, so that a notebook can catch it."""

@@ -27,16 +27,6 @@ def _pixel_mean(loss, target, weights):
     return (w * loss).sum() / w.sum().clamp_min(1e-30)
 
 
-def _class_sums(logits, target):
-    """For each class, the sums of p t, p and t over the labeled pixels -> three tensors of C.
-
-    t is the one-hot truth, p the softmax. Shapes as in `cross_entropy`."""
-    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-    t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
-    p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
-    return (p * t).sum((0, 2, 3)), p.sum((0, 2, 3)), t.sum((0, 2, 3))
-
-
 def cross_entropy(logits, target, weights):
     """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the probability of the true class.
 
@@ -65,7 +55,12 @@ def dice(logits, target, weights):
     truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
     Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
     2017, arXiv 1707.03237."""
-    overlap, predicted, truth = _class_sums(logits, target)
+    classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
+    p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
+    overlap = (p * t).sum((0, 2, 3))
+    predicted = p.sum((0, 2, 3))
+    truth = t.sum((0, 2, 3))
     score = 2 * overlap / (predicted + truth).clamp_min(1e-6)
     w = weights * (truth > 0)
     return (w * (1 - score)).sum() / w.sum().clamp_min(1e-30)

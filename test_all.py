@@ -1075,13 +1075,13 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
         run("--data", scenes(), *words, "--loss", "dice", until=0)
         assert files["best.pt"] == Path("best.pt").read_bytes()     # not moved before it must be
         told = run("--data", scenes(), *words, "--loss", "dice", "--save-minutes", "0", until=4)
-        assert told.count(f"the files of the earlier run are now in {earlier}; ") == 1
+        assert told.count(f"the files of the earlier run are now in {earlier}\n") == 1
         assert files == {path.name: path.read_bytes() for path in earlier.iterdir()}
         results, _ = score("--ckpt", earlier, "best.pt", build=tiny)
         assert [result["settings"]["loss"] for result in results] == ["ce", "dice"]
         later.with_name("resnet18-dice").mkdir()    # the name is taken
         told = run("--data", scenes(), *words, "--epochs", "1")
-        assert f"python train.py --resume {later} continues it\n" in told
+        assert f"to continue it: python train.py --resume {later}\n" in told
         run("--resume", later)
         assert load(later)["epoch"] == 2 and load(Path())["settings"]["loss"] == "ce+dice"
 

@@ -49,7 +49,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)     # starts: 0 ... WORLD_SI
 
 # ------------------------------------------------------------------------------------ options
 
-DEFAULTS = {        # for real frames: as in published training runs on Cityscapes
+DEFAULTS = {            # for real frames
     "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
     "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
     "compile": False, "save_minutes": 5.0}
@@ -110,10 +110,10 @@ def parse_args(argv=None):
 
 
 def choose_options(args, saved):
-    """Fill in the options that were not typed; only --crop and --workers are chosen later. On
-    resume, the `saved` ones come first, the "settings" of last.pt. The others depend on the data
-    (scenes or not), the model, and the optimizer, in this order. Draws the generated scenes if
-    there is no other data. Raises ValueError if a typed option may not change."""
+    """Fill in the options that were not typed, each from the first of these that has it: on resume
+    the `saved` settings of last.pt; for scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS;
+    OPTIMIZER_DEFAULTS. (--crop and --workers are chosen later.) Draws the generated scenes if there
+    is no other data. Raises ValueError if a typed option may not change on resume."""
     def fill(values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
@@ -192,7 +192,7 @@ def build_network(args, device, last):
     pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
     model = build_model(args.model, len(CLASSES), pretrained)
     if last is not None:
-        load_weights(model, last, "last.pt")
+        load_weights(model, last, "--resume")
     elif args.init:
         path = find_checkpoint(args.init)
         load_weights(model, load_checkpoint(path), path, new_head=True)
@@ -283,7 +283,7 @@ def check_finite(scaler, tensors):
 
 # ---------------------------------------------------------------------- the files of the run
 
-RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"      # the first 3: a run
+RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
 
 
 def write(data, path):
@@ -303,8 +303,8 @@ def write(data, path):
 def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; and the values of `run` (see
-    `main`). last.pt also has the states of `parts`, which only --resume needs. Raises
-    FloatingPointError, on all ranks, if the weights are not finite."""
+    `main`; a new one is saved by itself). last.pt also has the states of `parts`, which only
+    --resume needs. Raises FloatingPointError if the weights are not finite."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
@@ -352,8 +352,9 @@ def move_earlier_run():
     folder.mkdir(parents=True)
     for file in found:
         os.replace(file, folder / file)
-    say(f"the files of the earlier run are now in {folder}; python train.py --resume {folder} "
-        "continues it")
+    say(f"the files of the earlier run are now in {folder}")
+    if "last.pt" in found:
+        say(f"to continue it: python train.py --resume {folder}")
 
 
 def write_log(log, out):
@@ -435,9 +436,9 @@ def find_run(args):
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
     if resume is None:                              # a new run
-        if args.out and any((out / name).exists() for name in RUN_FILES[:3]):
-            raise ValueError(f"{out.resolve()} holds another run; choose another --out, or if it "
-                             f"has a last.pt, continue it with --resume {out}")
+        if args.out and any((out / name).exists() for name in RUN_FILES):
+            raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
+                             f"or if it has a last.pt, continue that run with --resume {out}")
         return out, None
     path = find_checkpoint(resume, ["last.pt"])
     if args.out and out.resolve() != path.parent.resolve():
@@ -536,12 +537,15 @@ def main(argv=None):
 
     def step_line(number):      # for `progress`, which calls it in the loop: `number` steps after
         # `started`, when this epoch began or was resumed. Also ends a run whose loss is not finite.
+        nonlocal asked
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
-        per_step = (time.monotonic() - started) / number
+        loss = run.loss_sum.item() / step
+        asked = time.monotonic()                    # to wait for the GPU is not to wait for data
+        per_step = (asked - started) / number
         left = timedelta(seconds=round(per_step * (total_steps - run.step)))
-        return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
-                f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
+        return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
+                f"loss {loss:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
     with stop_signals() as stop:
         while run.epoch < args.epochs:
@@ -562,9 +566,10 @@ def main(argv=None):
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
                 seed_step(args.seed, run.step)
 
+                # Autocast computes convolutions and matrix products in 16 bits, which is faster.
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     logits = network(normalize(images))
-                loss = loss_function(logits, target)
+                loss = loss_function(logits, target)            # in float32
 
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
