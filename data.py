@@ -143,7 +143,7 @@ def find_files(folder, pattern):
                     unused.append(files[name])
                 files[name] = path
             elif match or not COMPANIONS.fullmatch(path.name):
-                unused.append(path)
+                unused.append(path)                 # a link without a target, or an unknown file
     return files, unused
 
 
@@ -223,15 +223,14 @@ class Cityscapes(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------- augmentation
 
 def place_window(length, crop, zoom, rng):
-    """Place a window of crop / zoom pixels at random on one axis of a frame of `length` pixels.
+    """Place the window of `augment`, crop / zoom pixels, at random on one axis, of `length` pixels.
 
     A window that is shorter than the frame lies in it; a longer one contains it.
     -> start, end: what the window shows of the frame, in pixels of the frame and their fractions
        crop_start, crop_size: where this goes in the crop, in whole pixels of the crop
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
-        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500; the rest is padded
-    """
+        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500; the rest is padded"""
     window = crop / zoom
     # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
     lowest, highest = sorted([0, length - window])

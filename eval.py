@@ -173,7 +173,7 @@ def load_weights(model, saved, path, new_head=False):
     weights, own = dict(saved["model"]), model.state_dict()
     weight, bias = list(own)[-2:]                   # names of the last layer: a row for each class
     classes = len(weights.get(bias, []))
-    if new_head and classes not in (0, len(own[bias])):         # 0: another network, see below
+    if new_head and bias in weights and classes != len(own[bias]):
         weights[weight], weights[bias] = own[weight], own[bias]
         print(f"{path}: has {classes} classes instead of {len(CLASSES)}, so the last layer starts "
               "from random weights", flush=True)

@@ -8,7 +8,7 @@
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it; with --copyblob also
 copyblob.png, which shows what is pasted. last.pt is saved after the first step, every 5 minutes,
-after a signal, and before and after each validation.
+after a signal, and twice at the end of each epoch, before and after the validation.
 
 `main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
 the loop. The functions above it are its parts.
@@ -541,7 +541,7 @@ def main(argv=None):
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         loss = run.loss_sum.item() / step
-        asked = time.monotonic()                    # to wait for the GPU is not to wait for data
+        asked = time.monotonic()                    # so that `waited` leaves out .item() above
         per_step = (asked - started) / number
         left = timedelta(seconds=round(per_step * (total_steps - run.step)))
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
@@ -559,7 +559,7 @@ def main(argv=None):
                 loader = progress(loader, step_line)
             started, asked, waited = time.monotonic(), time.monotonic(), 0.0
             for images, target in loader:
-                waited += time.monotonic() - asked
+                waited += time.monotonic() - asked      # for data, since the last step or step_line
                 images = images.to(device, non_blocking=True)           # uint8 N x 3 x H x W
                 target = target.to(device, non_blocking=True).long()    # N x H x W
                 for group in optimizer.param_groups:                    # see build_optimizer

@@ -118,9 +118,9 @@ class ResNet(nn.Module):
 class ConvNeXtBlock(nn.Module):
     """Residual block (ConvNeXt, fig. 4): depthwise 7x7, LayerNorm, 1x1 to 4C, GELU, 1x1 to C.
     N x C x H x W -> N x C x H x W. Depthwise: each channel has a filter of its own. `gamma` (layer
-    scale) starts near 0, so that every block begins as the identity. In training, stochastic depth
-    ("drop path", Huang et al. 2016, arXiv 1603.09382) skips the block with probability `drop_path`,
-    independently for each image."""
+    scale) starts near 0, so that every block is nearly the identity at first. In training,
+    stochastic depth ("drop path", Huang et al. 2016, arXiv 1603.09382) skips the block with
+    probability `drop_path`, independently for each image."""
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
@@ -355,7 +355,8 @@ class ConvUNeXt(nn.Module):
 # --------------------------------------------------------------- models by name, with weights
 
 # One row for each model:
-#   build       a function of n, the number of classes -> model; the layer built last has n rows
+#   build       a function of n, the number of classes -> model. The layer with n rows must be
+#               built last: load_weights in eval.py finds it there.
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
 #   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
@@ -419,7 +420,7 @@ def load_imagenet(encoder, url):
         ) from error
 
 
-# ---------------------------------------------------------------- depthwise convolution on a CPU
+# ---------------------------------------- faster training on a CPU: same results, safe to skip
 
 class DepthwiseConv(nn.Conv2d):
     """A 7x7 convolution with a filter for each channel, trained on a CPU with `FastDepthwise`."""
