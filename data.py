@@ -230,7 +230,7 @@ def place_window(length, crop, zoom, rng):
        crop_start, crop_size: where this goes in the crop, in whole pixels of the crop
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
-        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500; the rest is padded"""
+        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500 (then padding)"""
     window = crop / zoom
     # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
     lowest, highest = sorted([0, length - window])
@@ -306,6 +306,7 @@ def jitter(image, rng):
 #     +----------------+     +----------------+     +----------------+
 #
 # The camera is the same in all frames, so a bus nearly always fits where one stands in another.
+# Class weights are counted without what is pasted. With both, rare classes are favored twice.
 
 RARE = [TRAIN_ID[name] for name in ("wall", "fence", "bus", "train") if name in TRAIN_ID]
 IN_FRONT = [TRAIN_ID[name] for name in ("pole", "traffic light", "traffic sign", "person", "rider",

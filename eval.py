@@ -57,8 +57,8 @@ def pick_device(name="auto"):
 
 def pick_amp(name, device):
     """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
-    "auto" is bfloat16 on GPUs that have it, else float16 on CUDA; on a CPU bfloat16 if it has
-    matrix units for it (AMX); else float32."""
+    "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a CPU with matrix
+    units for it (AMX); else float32."""
     if name == "auto":
         name = "off"
         if device.type == "cuda":
@@ -246,11 +246,10 @@ def class_table(result):
 
 def comparison(names, results):
     """One column of scores for each checkpoint, as text."""
-    width, lines = 2 + max(5, *map(len, names)), []
-
     def add_line(title, texts):
         lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
 
+    width, lines = 2 + max(5, *map(len, names)), []
     add_line("", names)
     for name in NAMES:
         add_line(f"IoU {name}", [format_score(r["classes"][name]["iou"]) for r in results])
@@ -346,10 +345,7 @@ def confusion_picture(matrix, title):
         for j, share in enumerate(row):
             x, y = left + cell * j, top + cell * i
             light = round(255 - 255 * math.sqrt(share))             # white for 0
-            color = 255, light, light
-            if i == j:
-                color = light, 128 + light // 2, light
-            pen.rectangle((x, y, x + 42, y + 42), color)
+            pen.rectangle((x, y, x + 42, y + 42), (255, light, light))
             if share > 0.005:
                 pen.text((x + 22, y + 22), f"{100 * share:.0f}", "black", anchor="mm")
     return picture
@@ -446,6 +442,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
           f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("panel_*.png"):             # of an earlier evaluation
+        old.unlink()
     chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().tolist()
     rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)

@@ -1250,6 +1250,7 @@ def test_bad_command_lines_are_one_line():
     """Nothing is overwritten, and no code of a file runs."""
     out, good, files = FOLDER / "refused", checkpoint(), Path(tempfile.mkdtemp(dir=FOLDER))
     (files / "junk.pt").write_text("not a checkpoint")
+    shutil.copy(good / "last.pt", files / "copy.pt")
     (files / "cut.pt").write_bytes((good / "best.pt").read_bytes()[:100_000])
     torch.save({"model": Hostile(), "settings": {}}, files / "hostile.pt")
     saved = load(good)
@@ -1267,6 +1268,7 @@ def test_bad_command_lines_are_one_line():
         (train, f"--model resnet34 --init {good}", "of resnet18 with 19 classes"),
         (train, f"--resume {good}/typo.pt", "has best.pt, last.pt"),
         (train, f"--resume {good}/best.pt", "resume from the last.pt"),
+        (train, f"--resume {files}/copy.pt", "resume from the last.pt"),
         (evaluation, f"--ckpt {files}/resnet34.pt", "of resnet34 with 19 classes"),
         (evaluation, f"--ckpt {files}/nan.pt --out {out}", "not finite"),
         (evaluation, f"--ckpt {good} {good} --labels-out {out}", "--labels-out"),

@@ -8,7 +8,7 @@
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, a picture of it; with --copyblob also
 copyblob.png, which shows what is pasted. last.pt is saved after the first step, every 5 minutes,
-after a signal, and twice at the end of each epoch, before and after the validation.
+after a signal, at the end of each epoch, and before its validation.
 
 `main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
 the loop. The functions above it are its parts.
@@ -111,9 +111,9 @@ def parse_args(argv=None):
 
 def choose_options(args, saved):
     """Fill in the options that were not typed, each from the first of these that has it: on resume
-    the `saved` settings of last.pt; for scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS;
-    OPTIMIZER_DEFAULTS. (--crop and --workers are chosen later.) Draws the generated scenes if there
-    is no other data. Raises ValueError if a typed option may not change on resume."""
+    the `saved` settings of last.pt; $CITYSCAPES_DATASET; the checkpoint of --init (its model); for
+    scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS; OPTIMIZER_DEFAULTS. Draws the scenes
+    if there is no other data. Raises ValueError if a typed option may not change on resume."""
     def fill(values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
@@ -165,14 +165,15 @@ def build_data(args, device):
 
     for dataset, split in (train_set, "train"), (val_set, "val"):
         report_unused(dataset.unused, say)
-        found = count_classes(dataset.labels[:100]).sum(axis=0)         # pixels of each class
+        sample = dataset.labels[::1 + len(dataset) // 100]
+        found = count_classes(sample).sum(axis=0)   # pixels of each class
         missing = [c.name for c, pixels in zip(CLASSES, found) if pixels == 0]
         if len(missing) == len(CLASSES):
-            raise ValueError(f"{args.data}: the first 100 labels of gtFine/{split} hold none of "
+            raise ValueError(f"{args.data}: {len(sample)} labels of gtFine/{split} hold none of "
                              "the classes; check them, and the label ids of CLASSES in data.py")
         if missing:
-            say(f"the first 100 {split} labels hold {len(CLASSES) - len(missing)} of "
-                f"{len(CLASSES)} classes; none of: {', '.join(missing)}")
+            say(f"{len(CLASSES) - len(missing)} of {len(CLASSES)} classes are in {len(sample)} "
+                f"{split} labels; none of: {', '.join(missing)}")
     weights = None
     if args.class_weights != "none":
         weights = class_weights(train_set.pixels, args.class_weights).to(device)
@@ -192,7 +193,7 @@ def build_network(args, device, last):
     pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
     model = build_model(args.model, len(CLASSES), pretrained)
     if last is not None:
-        load_weights(model, last, "--resume")
+        load_weights(model, last, "last.pt")
     elif args.init:
         path = find_checkpoint(args.init)
         load_weights(model, load_checkpoint(path), path, new_head=True)
@@ -429,9 +430,8 @@ def end_stopped(stop, out):
 # ------------------------------------------------------------------------------- the program
 
 def find_run(args):
-    """The folder of the run, and its last.pt (see `load_checkpoint`) or None for a new run.
-    --resume PATH continues that run; a bare --resume the one in --out if it has a last.pt. Raises
-    ValueError or OSError if there is none, or if a new run would overwrite another one."""
+    """The folder of the run, and its last.pt (see `load_checkpoint`) or None for a new run. A bare
+    --resume continues the run in --out, if it has a last.pt. Raises ValueError or OSError."""
     out, resume = args.out or Path(), args.resume
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
@@ -444,8 +444,8 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
     last = load_checkpoint(path)
-    if "optimizer" not in last:
-        raise ValueError(f"{path}: resume from the last.pt beside it, or use it with --init")
+    if path.name != "last.pt" or "optimizer" not in last:
+        raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
 
@@ -580,6 +580,7 @@ def main(argv=None):
                 run.miou = None
                 run.loss_sum += over_ranks(loss.detach()) / WORLD_SIZE
                 if run.step == 1 and RANK == 0:     # the run works: its files may be written
+                    check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
@@ -592,10 +593,10 @@ def main(argv=None):
             seconds = time.monotonic() - started
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": waited / seconds}
-            save(out / "last.pt", args, run, model, parts)      # before the validation
 
             matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
+                save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:
                     end_stopped(stop, out)

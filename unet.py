@@ -252,7 +252,7 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------- ConvUNeXt
 
 class ConvUNeXtBlock(nn.Module):
-    """ConvNeXt's block with BatchNorm, and a GELU after the sum: N x C x H x W, in and out."""
+    """Like ConvNeXt's block, with two BatchNorms and a last GELU: N x C x H x W, in and out."""
 
     def __init__(self, channels):
         super().__init__()
