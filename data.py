@@ -386,7 +386,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Cityscapes draws from (seed, epoch, index) with index < num_frames: never from this seed.
+    # Cityscapes draws from (seed, epoch, index), where index is never num_frames as it is here.
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch

@@ -426,7 +426,7 @@ def score_split(ckpts, device, dtype, args):
     if len(ckpts) > 1:
         print("\n" + comparison(names, results))
         rows = []
-        for rows_of_frame in zip(*pictured):        # the first frame of each checkpoint, the second
+        for rows_of_frame in zip(*pictured):        # the first of each checkpoint, then the second
             rows += rows_of_frame
         picture_grid(rows).save(args.out / "comparison.png")
     if logs:

@@ -444,7 +444,7 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or "optimizer" not in last:
+    if path.name != "last.pt" or "optimizer" not in last:       # for example --resume best.pt
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
@@ -465,7 +465,7 @@ def restore(last, run, parts):
 
 
 def log_row(args, run, scores, steps_per_epoch, times):
-    """The row of log.csv for an epoch; scores: a dict of `summarize`, times: see `main`."""
+    """The row of log.csv for an epoch; scores: a dict of `summarize`; times: more columns."""
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
            "lr": learning_rate(args, run.step - 1, steps_per_epoch)}
     for key in "pixel_accuracy", "miou", "mean_dice":
@@ -531,12 +531,12 @@ def main(argv=None):
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
         restore(last, run, parts)
-        if not (out / "best.pt").exists():          # only last.pt was copied: write a new one
+        if not (out / "best.pt").exists():          # only last.pt was copied to here
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(number):      # for `progress`, which calls it in the loop: `number` steps after
-        # `started`, when this epoch began or was resumed. Also ends a run whose loss is not finite.
+    def step_line(number):      # text for `progress` in eval.py, after `number` steps of the loop
+        # below, where `started` and `asked` are set. It also ends a run whose loss is not finite.
         nonlocal asked
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -547,7 +547,7 @@ def main(argv=None):
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
                 f"loss {loss:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
-    with stop_signals() as stop:
+    with stop_signals() as stop:                    # The loop.
         while run.epoch < args.epochs:
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
@@ -557,9 +557,10 @@ def main(argv=None):
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
             if RANK == 0:
                 loader = progress(loader, step_line)
+            # For data_wait in log.csv: since `asked`, the loop waits for its next batch.
             started, asked, waited = time.monotonic(), time.monotonic(), 0.0
             for images, target in loader:
-                waited += time.monotonic() - asked      # for data, since the last step or step_line
+                waited += time.monotonic() - asked
                 images = images.to(device, non_blocking=True)           # uint8 N x 3 x H x W
                 target = target.to(device, non_blocking=True).long()    # N x H x W
                 for group in optimizer.param_groups:                    # see build_optimizer
@@ -593,7 +594,6 @@ def main(argv=None):
             seconds = time.monotonic() - started
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": waited / seconds}
-
             matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)

@@ -252,7 +252,7 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------------------------- ConvUNeXt
 
 class ConvUNeXtBlock(nn.Module):
-    """Like ConvNeXt's block, with two BatchNorms and a last GELU: N x C x H x W, in and out."""
+    """ConvNeXt's block with BatchNorms, a last GELU, no gamma: N x C x H x W, in and out."""
 
     def __init__(self, channels):
         super().__init__()
@@ -321,7 +321,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many as its skip, for up1
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # up1 needs as many as x8 has
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
