@@ -359,7 +359,7 @@ def count_classes(labels):
 
 def enet_weights(pixels):
     """1 / ln(1.02 + p), p: share of the labeled pixels (Paszke et al. 2016, arXiv 1606.02147).
-    1.02 limits the weights to 1 / ln 1.02 = 50."""
+    1.02 limits the weights to 1 / ln 1.02, about 50."""
     return 1 / np.log(1.02 + pixels.sum(axis=0) / pixels.sum())
 
 

@@ -240,8 +240,7 @@ def class_table(result):
                      f"{c['pixels'] / total:6.2%}  {confused}")
     mean = f"mean of {result['classes_scored']}"
     lines.append(f"{mean:14s} {format_score(result['miou'])}  {format_score(result['mean_dice'])}")
-    lines.append(f"pixel accuracy {format_score(result['pixel_accuracy'])}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"pixel accuracy {format_score(result['pixel_accuracy'])}"])
 
 
 def comparison(names, results):
@@ -442,7 +441,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
           f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("panel_*.png"):             # of an earlier evaluation
+    for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
     chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().tolist()
     rows = []

@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import functools
 import hashlib
-import importlib
 import inspect
 import io
 import itertools
@@ -37,12 +36,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+import eval as evaluation       # the name eval is Python's own
 import losses
 import metrics
 import train
 import unet
 
-evaluation = importlib.import_module("eval")        # eval.py; the name eval is Python's own
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(tempfile.mkdtemp(prefix="unet-test-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)

@@ -459,7 +459,7 @@ def restore(last, run, parts):
             part.load_state_dict(last[name])
     device = run.loss_sum.device
     for name in vars(run):
-        setattr(run, name, last[name])
+        setattr(run, name, last.get(name, getattr(run, name)))      # a newer value is not there
     run.loss_sum = run.loss_sum.to(device)
     say(f"resumed after {run.step} steps")
 
@@ -591,6 +591,7 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
                 asked = time.monotonic()
+            check_finite(scaler, [run.loss_sum])
             seconds = time.monotonic() - started
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": waited / seconds}
@@ -600,7 +601,7 @@ def main(argv=None):
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:
                     end_stopped(stop, out)
-            scores = summarize(matrix)              # zeros have no score: all are None
+            scores = summarize(matrix)              # of zeros: all are None
             run.epoch += 1
             run.miou = scores["miou"]
             times["seconds"] = time.monotonic() - started
