@@ -349,12 +349,9 @@ def copy_blob(image, label, donor_image, donor_label, train_id):
 
 def count_classes(labels):
     """Count the pixels of each class in each of the label files -> int64 files x classes."""
-    def count(path):
-        return read_label(path).histogram()[:len(CLASSES)]
-
     with ThreadPoolExecutor() as pool:              # threads, as Pillow releases Python's lock
-        counts = list(pool.map(count, labels))
-    return np.array(counts, np.int64).reshape(len(labels), len(CLASSES))
+        counts = list(pool.map(lambda path: read_label(path).histogram(), labels))
+    return np.array(counts, np.int64).reshape(len(labels), 256)[:, :len(CLASSES)]
 
 
 def enet_weights(pixels):
@@ -371,12 +368,8 @@ def median_weights(pixels):
     return np.where(f > 0, np.median(f[f > 0]) / np.maximum(f, 1e-30), 0)
 
 
+# int frames x classes -> float, one for each class; if it never occurs, 50 (enet) or 0 (median).
 CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
-
-
-def class_weights(pixels, scheme):
-    """int frames x classes -> float32, one per class; if it never occurs, 0 (median), 50 (enet)."""
-    return torch.tensor(CLASS_WEIGHTS[scheme](pixels), dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- loader

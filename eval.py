@@ -196,7 +196,7 @@ def load_model(path, device):
     return {**saved, "path": path, "network": network}
 
 
-# ------------------------------------------------------------------------- scores and tables
+# ------------------------------------------------------- scores and tables (also for train.py)
 
 def summarize(matrix):
     """All scores of a confusion matrix (int64 C x C) as plain Python values; None for NaN."""
@@ -268,7 +268,7 @@ def predicted_shares(pixels):
     return f"predicted: {text}"
 
 
-# ------------------------------------------------------------------------------------ pictures
+# --------------------------------------------------------------- pictures (also for train.py)
 
 PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is black
 PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]

@@ -730,9 +730,9 @@ def test_class_weights_equal_their_formulas():
     pixels[0, :2] = 60, 40
     pixels[1, 0] = 100
     rest = [1 / math.log(1.02)] * 17
-    close(data.class_weights(pixels, "enet"), [1 / math.log(1.82), 1 / math.log(1.22), *rest])
+    close(data.CLASS_WEIGHTS["enet"](pixels), [1 / math.log(1.82), 1 / math.log(1.22), *rest])
     f = [160 / 200, 40 / 100]                           # of the frames that hold the class
-    close(data.class_weights(pixels, "median"), [0.6 / f[0], 0.6 / f[1], *[0] * 17])
+    close(data.CLASS_WEIGHTS["median"](pixels), [0.6 / f[0], 0.6 / f[1], *[0] * 17])
     assert {"none", "enet", "median"} <= set(data.CLASS_WEIGHTS)
 
 

@@ -36,8 +36,8 @@ import torch.distributed as dist
 from torch import nn
 
 import metrics
-from data import (CLASS_WEIGHTS, CLASSES, SCENES_MARK, Cityscapes, class_weights, copy_blob,
-                  count_classes, epoch_batches, make_loader, make_scenes, normalize)
+from data import (CLASS_WEIGHTS, CLASSES, SCENES_MARK, Cityscapes, copy_blob, count_classes,
+                  epoch_batches, make_loader, make_scenes, normalize)
 from eval import (PALETTE, OptionParser, command_line, curves_picture, find_checkpoint,
                   load_checkpoint, load_weights, number_in, path_option, pick_amp, pick_device,
                   picture_grid, predictions, progress, report_unused, summarize)
@@ -176,7 +176,8 @@ def build_data(args, device):
                 f"{split} labels; none of: {', '.join(missing)}")
     weights = None
     if args.class_weights != "none":
-        weights = class_weights(train_set.pixels, args.class_weights).to(device)
+        weights = CLASS_WEIGHTS[args.class_weights](train_set.pixels)
+        weights = torch.tensor(weights, dtype=torch.float32, device=device)
     return train_set, val_set, build_loss(args.loss, weights)
 
 
@@ -464,6 +465,15 @@ def restore(last, run, parts):
     say(f"resumed after {run.step} steps")
 
 
+def timed(items, waits):
+    """Yield the items, and append to `waits` how many seconds each of them took to come."""
+    asked = time.monotonic()
+    for item in items:
+        waits.append(time.monotonic() - asked)
+        yield item
+        asked = time.monotonic()
+
+
 def log_row(args, run, scores, steps_per_epoch, times):
     """The row of log.csv for an epoch; scores: a dict of `summarize`; times: more columns."""
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
@@ -535,17 +545,14 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(number):      # text for `progress` in eval.py, after `number` steps of the loop
-        # below, where `started` and `asked` are set. It also ends a run whose loss is not finite.
-        nonlocal asked
+    def step_line(number):      # text for `progress` in eval.py: it calls this between two steps,
+        # `number` steps after `started`. It also ends a run whose loss is not finite.
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
-        loss = run.loss_sum.item() / step
-        asked = time.monotonic()                    # so that `waited` leaves out .item() above
-        per_step = (asked - started) / number
+        per_step = (time.monotonic() - started) / number
         left = timedelta(seconds=round(per_step * (total_steps - run.step)))
-        return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
-                f"loss {loss:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
+        return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
+                f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
     with stop_signals() as stop:                    # The loop.
         while run.epoch < args.epochs:
@@ -555,12 +562,12 @@ def main(argv=None):
             batches = batches[run.step - run.epoch * steps_per_epoch:]      # after a resume
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's frames
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
+            waits = []                              # seconds for each batch
+            loader = timed(loader, waits)
             if RANK == 0:
                 loader = progress(loader, step_line)
-            # For data_wait in log.csv: since `asked`, the loop waits for its next batch.
-            started, asked, waited = time.monotonic(), time.monotonic(), 0.0
+            started = time.monotonic()
             for images, target in loader:
-                waited += time.monotonic() - asked
                 images = images.to(device, non_blocking=True)           # uint8 N x 3 x H x W
                 target = target.to(device, non_blocking=True).long()    # N x H x W
                 for group in optimizer.param_groups:                    # see build_optimizer
@@ -590,11 +597,10 @@ def main(argv=None):
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(stop, out)
-                asked = time.monotonic()
             check_finite(scaler, [run.loss_sum])
             seconds = time.monotonic() - started
             times = {"images_per_s": len(batches) * args.batch / seconds,
-                     "data_wait": waited / seconds}
+                     "data_wait": sum(waits) / seconds}
             matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
