@@ -69,14 +69,14 @@ def parse_args(argv=None):
     a line here and in DEFAULTS; it is then saved and resumed by itself. Raises ValueError."""
     parser = OptionParser(__doc__.split("`main`")[0])
     add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
-    add("--data", type=path_option, help="root of it (default: $CITYSCAPES_DATASET, else scenes)")
+    add("--data", type=path_option, help="data folder (default: $CITYSCAPES_DATASET, else scenes)")
     add("--model", choices=MODELS, help="(default: that of --init, or resnet34; scenes resnet18)")
     add("--loss", choices=LOSSES, help="(default: ce, cross-entropy)")
     add("--class-weights", choices=CLASS_WEIGHTS, help="weights in the loss (default: none)")
     add("--copyblob", type=number_in(0, 1), nargs="?", const=1.0, metavar="P",
         help="paste a rare class into a frame with probability P (default: 0; without a value 1)")
     add("--epochs", type=count, help="(default: 200; for scenes 10)")
-    add("--batch", type=count, help="of all GPUs together (default: 8; convunext 4; scenes 2)")
+    add("--batch", type=count, help="frames, all GPUs together (default: 8; convunext 4; scenes 2)")
     add("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
         help="height and width of training crops (default: 512 1024, at most the frame)")
     add("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
@@ -87,11 +87,11 @@ def parse_args(argv=None):
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
         "weights from ImageNet or --init (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
-    add("--pretrained", action=BooleanOptionalAction, help="from ImageNet (default: real frames)")
+    add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (default: if known)")
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
-    add("--workers", type=number_in(0, 1000, int), help="for each GPU (default: up to 8; CPU 0)")
+    add("--workers", type=number_in(0, 1000, int), help="processes a GPU (default: up to 8; CPU 0)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
