@@ -95,8 +95,8 @@ def build_loss(name, class_weights=None):
             weights = torch.ones(c, device=logits.device)
         else:
             weights = torch.as_tensor(class_weights, dtype=torch.float32, device=logits.device)
-        if len(weights) != c:
-            raise ValueError(f"{len(weights)} class weights do not fit logits of {c} classes")
+        if weights.shape != (c,):
+            raise ValueError(f"{weights.numel()} class weights do not fit logits of {c} classes")
         with torch.autocast(logits.device.type, enabled=False):
             return LOSSES[name](logits.float(), target, weights)
     return loss
