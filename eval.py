@@ -7,8 +7,7 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width. train.py imports from here what both scripts need:
-device, prediction, checkpoints, scores, drawing, and the command line.
+the whole split. Sizes are height x width. train.py imports from here what both scripts need.
 """
 import argparse
 import errno
@@ -59,10 +58,12 @@ def pick_amp(name, device):
     """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
     "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a CPU with matrix
     units for it (AMX); else float32."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not has_bf16:
+        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp auto")
     if name == "auto":
         name = "off"
         if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "bf16" if has_bf16 else "fp16"
         elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):   # not in torch 2.6
             if torch.cpu.get_capabilities().get("amx_bf16"):
@@ -80,7 +81,6 @@ def predict(model, images, dtype=None, tta=False):
     def logits(x):
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             return model(x)
-
     x = normalize(images)
     if tta:
         scores, (height, width) = 0, x.shape[-2:]
@@ -202,7 +202,6 @@ def summarize(matrix):
     """All scores of a confusion matrix (int64 C x C) as plain Python values; None for NaN."""
     def plain(score):
         return None if score.isnan() else score.item()
-
     iou, dice = metrics.iou(matrix), metrics.dice(matrix)
     largest, partner = metrics.confusion_shares(matrix).nan_to_num().max(dim=1)
     classes = {}

@@ -20,17 +20,15 @@ def confusion_matrix(prediction, target, num_classes=19):
     Raises ValueError for shapes that differ and for values out of range."""
     if prediction.shape != target.shape:
         raise ValueError(f"shapes differ: {tuple(prediction.shape)}, {tuple(target.shape)}")
-    prediction, target = prediction.flatten().long(), target.flatten().long()
     counted = target != IGNORE
+    prediction, target = prediction[counted].long(), target[counted].long()     # 1-D
     for name, values in (("prediction", prediction), ("target", target)):
-        wrong = counted & ((values < 0) | (values >= num_classes))
+        wrong = (values < 0) | (values >= num_classes)
         if wrong.any():
             raise ValueError(f"{name} holds {values[wrong][0].item()}, "
                              f"which is neither 0 ... {num_classes - 1} nor ignored")
-    cell = num_classes * target + prediction                    # the matrix, row after row,
-    cell = torch.where(counted, cell, num_classes**2)           # and one last cell for ignored
-    counts = torch.bincount(cell, minlength=num_classes**2 + 1)
-    return counts[:-1].reshape(num_classes, num_classes)
+    cell = num_classes * target + prediction                    # the matrix, row after row
+    return torch.bincount(cell, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def pixel_accuracy(m):

@@ -1197,7 +1197,7 @@ def test_two_processes():
     line = f"stopped; continue with: train.py --resume {out / 'last.pt'}\n"
     assert told.count(line) == told.count("stopped") == 1, told
     told = finish(launch(out, "--resume", pause=0, processes=2))
-    assert told.count("resnet18 from random weights") == told.count("epoch 2/2") == 1, told
+    assert told.count("resnet18 from step") == told.count("epoch 2/2") == 1, told
     finish(undisturbed)
     assert_same_run(out, whole)
     ranks = [(FOLDER / f"two-whole-{rank}").read_text().split() for rank in range(2)]
@@ -1225,7 +1225,7 @@ def test_resume_refuses_what_would_change_the_run():
     last, tree = whole_run() / "last.pt", FOLDER / "other-frames"
     for wrong in ("--loss ce", "--seed 1", "--crop 96 96", "--model resnet34", "--batch 3",
                   "--scale 1 2", "--optimizer adamw", "--copyblob", "--class-weights enet",
-                  "--out elsewhere"):
+                  "--out elsewhere", "--epochs 1"):
         assert wrong.split()[0] in one_line(train, "--resume", last, *wrong.split(), build=tiny)
     for split in "train", "val":                    # a frame less
         shutil.copytree(scenes(), tree)

@@ -10,8 +10,7 @@ Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py
 copyblob.png, which shows what is pasted. last.pt is saved after the first step, every 5 minutes,
 after a signal, at the end of each epoch, and before its validation.
 
-`main`, at the end of this file, is the whole program: options, data, network, optimizer, position,
-the loop. The functions above it are its parts.
+`main`, at the end of this file, is the whole program. The functions above it are its parts.
 
 Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
 optimizer, scaler, position, log), and every random choice follows from the seed and the position:
@@ -462,7 +461,6 @@ def restore(last, run, parts):
     for name in vars(run):
         setattr(run, name, last.get(name, getattr(run, name)))      # a newer value is not there
     run.loss_sum = run.loss_sum.to(device)
-    say(f"resumed after {run.step} steps")
 
 
 def timed(items, waits):
@@ -517,8 +515,10 @@ def main(argv=None):
     steps_per_epoch = len(train_set) // args.batch
     total_steps = args.epochs * steps_per_epoch
     dtype = pick_amp(args.amp, device)
-    start = "ImageNet" if args.pretrained else args.init or "random"
-    say(f"{args.model} from {start} weights, {num_frames[0]} training and {num_frames[1]} "
+    start = "ImageNet weights" if args.pretrained else args.init or "random weights"
+    if last is not None:
+        start = f"step {last['step']} of last.pt"
+    say(f"{args.model} from {start}, {num_frames[0]} training and {num_frames[1]} "
         f"validation frames of {args.data}, loss {args.loss}, crop {args.crop}, batch "
         f"{args.batch}, {args.epochs} epochs, {WORLD_SIZE} x {device} {dtype or torch.float32}")
     model, network = build_network(args, device, last)
@@ -541,8 +541,12 @@ def main(argv=None):
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
         restore(last, run, parts)
+        if run.step > total_steps:
+            raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
         if not (out / "best.pt").exists():          # only last.pt was copied to here
             run.best_miou = -1.0
+    if on_any_rank(last is not None) and last is None:
+        raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     saved_at = time.monotonic()
 
     def step_line(number):      # text for `progress` in eval.py: it calls this between two steps,
