@@ -18,7 +18,6 @@ IGNORE = 255                                        # as in data.py
 
 def _pixel_mean(loss, target, weights):
     """Weighted mean of a loss N x H x W over the labeled pixels: sum w l / sum w.
-
     This divides by the weights, as F.cross_entropy(weight=...) does, but returns 0 if no pixel is
     labeled."""
     table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
@@ -29,7 +28,6 @@ def _pixel_mean(loss, target, weights):
 
 def cross_entropy(logits, target, weights):
     """Cross-entropy: sum_i w(y_i) (-log p_i) / sum_i w(y_i), p_i the probability of the true class.
-
     logits: float32 N x C x H x W, target: int64 N x H x W, weights: float32 C -> scalar >= 0"""
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")    # 0 if ignored
     return _pixel_mean(nll, target, weights)
@@ -37,7 +35,6 @@ def cross_entropy(logits, target, weights):
 
 def focal(logits, target, weights, gamma=2.0):
     """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
-
     Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy (else gamma >= 1). p_i is the
     softmax: the weights scale the loss, but do not change p_i. Shapes as in `cross_entropy`.
     Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha)."""
@@ -68,7 +65,6 @@ def dice(logits, target, weights):
 
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
-
     In Dice, a rare class counts as much as a frequent one. But its gradient by the logit of the
     true class contains the factor p (from softmax), so that it is near 0 where p is near 0. The
     gradient of cross-entropy, p - 1, is largest there."""

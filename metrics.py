@@ -14,7 +14,6 @@ IGNORE = 255                                        # as in data.py
 
 def confusion_matrix(prediction, target, num_classes=19):
     """Count pixels by (truth, prediction): two integer tensors of one shape -> int64 C x C.
-
     target: 0 ... C-1, or 255 for ignored; prediction: 0 ... C-1, or anything where the target is
     ignored. Rows are the truth, columns the prediction. Works on any device and stays there.
     Raises ValueError for shapes that differ and for values out of range."""
@@ -38,7 +37,6 @@ def pixel_accuracy(m):
 
 def iou(m):
     """Intersection over union of each class, TP / (TP + FP + FN): C x C -> float64 C in [0, 1].
-
     A class in neither truth nor prediction is NaN, which `.nanmean()` skips; a class that is
     predicted but never true scores 0. Both as in the official scorer."""
     tp = m.diag().double()
@@ -52,7 +50,6 @@ def dice(m):
 
 def confusion_shares(m):
     """The share of each class's union that is confused with each other class -> float64 C x C.
-
     Entry i, j: pixels of i predicted as j plus pixels of j predicted as i, divided by the union
     of i, TP + FP + FN. The diagonal is 0. Row i sums to (FP + FN) / union = 1 - IoU of i (NaN
     if the IoU is NaN)."""

@@ -496,6 +496,23 @@ def format_row(row, epochs):
             f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
 
 
+def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
+    """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU."""
+    device = optimizer.param_groups[0]["params"][0].device
+    images = images.to(device, non_blocking=True)
+    target = target.to(device, non_blocking=True).long()
+    # Autocast computes convolutions and matrix products in 16 bits, which is faster.
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        logits = network(normalize(images))
+    loss = loss_function(logits, target)            # in float32
+
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach()
+
+
 def main(argv=None):
     """Run one command line (default: sys.argv) -> the rows of log.csv."""
     # Options and device.
@@ -572,25 +589,14 @@ def main(argv=None):
                 loader = progress(loader, step_line)
             started = time.monotonic()
             for images, target in loader:
-                images = images.to(device, non_blocking=True)           # uint8 N x 3 x H x W
-                target = target.to(device, non_blocking=True).long()    # N x H x W
                 for group in optimizer.param_groups:                    # see build_optimizer
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
                 seed_step(args.seed, run.step)
-
-                # Autocast computes convolutions and matrix products in 16 bits, which is faster.
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    logits = network(normalize(images))
-                loss = loss_function(logits, target)            # in float32
-
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                loss = train_step(network, loss_function, optimizer, scaler, images, target, dtype)
 
                 run.step += 1
                 run.miou = None
-                run.loss_sum += over_ranks(loss.detach()) / WORLD_SIZE
+                run.loss_sum += over_ranks(loss) / WORLD_SIZE
                 if run.step == 1 and RANK == 0:     # the run works: its files may be written
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
