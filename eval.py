@@ -103,7 +103,8 @@ def predictions(model, dataset, device, dtype=None, tta=False, workers=0):
     W), label (uint8 H x W), both on the CPU, and prediction on `device`."""
     model.eval()
     for images, labels in make_loader(dataset, workers, device, batch_size=1):
-        yield images[0], labels[0], predict(model, images.to(device), dtype, tta)[0]
+        prediction = predict(model, images.to(device), dtype, tta)
+        yield images[0], labels[0], prediction[0]
 
 
 def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
@@ -111,7 +112,8 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     A photo with more pixels than a validation frame (frame_size: height, width) is reduced to that
     number, because the network was scored at that size. Its prediction is enlarged again."""
     zoom = min(1, math.sqrt(math.prod(frame_size) / math.prod(photo.size)))
-    width, height = max(1, round(zoom * photo.width)), max(1, round(zoom * photo.height))
+    width = max(1, round(zoom * photo.width))
+    height = max(1, round(zoom * photo.height))
     pixels = np.array(photo.resize((width, height), Image.BILINEAR))    # averages if it reduces
     images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     ids = predict(model, images.to(device), dtype, tta)[0].cpu().numpy()
@@ -204,17 +206,20 @@ def summarize(matrix):
         return None if score.isnan() else score.item()
     iou, dice = metrics.iou(matrix), metrics.dice(matrix)
     largest, partner = metrics.confusion_shares(matrix).nan_to_num().max(dim=1)
-    classes = {}
+    result = {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix))}
+    result["miou"] = plain(iou.nanmean())
+    result["mean_dice"] = plain(dice.nanmean())
+    result["classes_scored"] = int((~iou.isnan()).sum())
+    result["confusion_matrix"] = matrix.tolist()
+    result["classes"] = {}
     for i, name in enumerate(NAMES):
         confused = None
         if largest[i] > 0:
             confused = {"with": NAMES[partner[i]], "share_of_union": largest[i].item()}
-        classes[name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
-                         "pixels": matrix[i].sum().item(), "most_confused": confused}
-    return {"pixel_accuracy": plain(metrics.pixel_accuracy(matrix)),
-            "miou": plain(iou.nanmean()), "mean_dice": plain(dice.nanmean()),
-            "classes_scored": int((~iou.isnan()).sum()),
-            "classes": classes, "confusion_matrix": matrix.tolist()}
+        pixels = matrix[i].sum().item()
+        result["classes"][name] = {"iou": plain(iou[i]), "dice": plain(dice[i]),
+                                   "pixels": pixels, "most_confused": confused}
+    return result
 
 
 def format_score(score):
@@ -235,10 +240,11 @@ def class_table(result):
         if c["most_confused"]:
             share = c["most_confused"]["share_of_union"]
             confused = f"{c['most_confused']['with']} ({share:.0%} of the union)"
-        lines.append(f"{name:14s} {format_score(c['iou'])}  {format_score(c['dice'])}  "
-                     f"{c['pixels'] / total:6.2%}  {confused}")
-    mean = f"mean of {result['classes_scored']}"
-    lines.append(f"{mean:14s} {format_score(result['miou'])}  {format_score(result['mean_dice'])}")
+        scores = f"{format_score(c['iou'])}  {format_score(c['dice'])}"
+        lines.append(f"{name:14s} {scores}  {c['pixels'] / total:6.2%}  {confused}")
+    name = f"mean of {result['classes_scored']}"
+    scores = f"{format_score(result['miou'])}  {format_score(result['mean_dice'])}"
+    lines.append(f"{name:14s} {scores}")
     return "\n".join([*lines, f"pixel accuracy {format_score(result['pixel_accuracy'])}"])
 
 
@@ -273,7 +279,7 @@ PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is 
 PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
 ERROR_COLOR = (0, 255, 255)                         # no class of Cityscapes has it
 TILE = 480                                          # width of a picture in a sheet, in pixels
-CURVE_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+CURVE_COLOR = "#1f77b4"                             # blue
 
 
 def sheet(width, height):
@@ -291,7 +297,8 @@ def legend(width):
     per_line = max(1, width // 120)
     picture, pen = sheet(width, 28 * math.ceil(len(entries) / per_line))
     for i, (name, color) in enumerate(entries):
-        x, y = 6 + 120 * (i % per_line), 4 + 28 * (i // per_line)
+        x = 6 + 120 * (i % per_line)
+        y = 4 + 28 * (i // per_line)
         pen.rectangle((x, y, x + 16, y + 16), color)
         pen.text((x + 22, y), name, "black")
     return picture
@@ -333,13 +340,13 @@ def confusion_picture(matrix, title):
     side = cell * len(NAMES)
     picture, pen = sheet(left + side + 10, top + side + 10)
     pen.text((6, 6), f"{title}\nrow: truth, column: prediction, % of the row", "black")
+    names, names_pen = sheet(110, side)             # one below the other
     for i, name in enumerate(NAMES):
-        pen.text((left - 8, top + cell * i + cell // 2), name, "black", anchor="rm")
-        text, text_pen = sheet(100, 20)
-        text_pen.text((0, 10), name, "black", anchor="lm")
-        picture.paste(text.rotate(90, expand=True), (left + cell * i + 12, top - 104))
-    shares = (matrix.double() / matrix.sum(dim=1, keepdim=True)).nan_to_num().tolist()
-    for i, row in enumerate(shares):
+        names_pen.text((0, cell * i + 22), name, "black", anchor="lm")
+    picture.paste(names, (6, top))
+    picture.paste(names.rotate(90, expand=True), (left, top - 114))
+    shares = matrix / matrix.sum(dim=1, keepdim=True).clamp_min(1)
+    for i, row in enumerate(shares.tolist()):
         for j, share in enumerate(row):
             x, y = left + cell * j, top + cell * i
             light = round(255 - 255 * math.sqrt(share))             # white for 0
@@ -349,34 +356,30 @@ def confusion_picture(matrix, title):
     return picture
 
 
-def curves_picture(logs):
-    """Draw training loss and validation mIoU over the epochs; logs: {name: path of a log.csv}."""
-    tables = []                                     # NaN where --val-every left out an epoch
-    for path in logs.values():
-        tables.append(np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True)))
+def curves_picture(path):
+    """Draw the training loss and validation mIoU of a log.csv over the epochs."""
+    table = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
+    last = int(table["epoch"][-1])
     width, height, bottom = 480, 300, 340           # of one plot, inside its axes
     picture, pen = sheet(2 * width + 180, bottom + 50)
-    last_epoch = max(table["epoch"][-1] for table in tables)
-    for left, key, title in ((60, "loss", "training loss"), (620, "miou", "validation mIoU")):
-        top = max(1, *[math.ceil(np.nanmax(table[key], initial=0)) for table in tables])
+    for left, key, title in (60, "loss", "training loss"), (620, "miou", "validation mIoU"):
+        rows = table[~np.isnan(table[key])]         # NaN where --val-every left out an epoch
+        top = max(1, math.ceil(rows[key].max(initial=0)))
+
+        def at(epoch, value):
+            return left + width * epoch / last, bottom - height * value / top
+
         pen.text((left, 10), title, "black")
         pen.text((left + width, bottom + 24), "epoch", "black", anchor="ra")
-        for i in range(6):                          # grid lines and their numbers
-            y = bottom - height * i / 5
-            pen.line((left, y, left + width, y), "#dddddd")
-            pen.text((left - 6, y), f"{top * i / 5:.1f}", "black", anchor="rm")
-        for epoch in sorted({0, round(last_epoch / 2), round(last_epoch)}):
-            x = left + width * epoch / last_epoch
-            pen.text((x, bottom + 6), str(epoch), "black", anchor="ma")
-        for i, (name, table) in enumerate(zip(logs, tables)):
-            color = CURVE_COLORS[i % len(CURVE_COLORS)]
-            pen.text((left + width, 40 + 18 * i), name, color, anchor="ra")
-            table = table[~np.isnan(table[key])]
-            x = left + width * table["epoch"] / last_epoch
-            y = bottom - height * table[key] / top
-            pen.line(np.stack([x, y], axis=1).ravel().tolist(), color, 2)
-            for a, b in zip(x, y):
-                pen.ellipse((a - 2, b - 2, a + 2, b + 2), color)
+        for value in np.linspace(0, top, 6):        # grid lines and their numbers
+            pen.line([at(0, value), at(last, value)], "#dddddd")
+            pen.text(at(0, value), f"{value:.1f} ", "black", anchor="rm")
+        for epoch in sorted({0, round(last / 2), last}):
+            pen.text(at(epoch, 0), str(epoch), "black", anchor="ma")
+        points = [at(epoch, value) for epoch, value in rows[["epoch", key]]]
+        pen.line(points, CURVE_COLOR, 2)
+        for x, y in points:
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), CURVE_COLOR)
     return picture
 
 
@@ -409,7 +412,7 @@ def score_split(ckpts, device, dtype, args):
         check_unique(dataset.names, args.data)
     print(f"{len(dataset)} {args.split} frames of {args.data}, evaluated at full size", flush=True)
     report_unused(dataset.unused)
-    names, results, pictured, logs = [], [], [], {}
+    names, results, pictured = [], [], []
     for number, ckpt in enumerate(ckpts, start=1):
         path = ckpt["path"]
         names.append(f"{number}_{path.resolve().parent.name}_{path.stem}")
@@ -419,16 +422,12 @@ def score_split(ckpts, device, dtype, args):
         result, rows = score_checkpoint(ckpt, dataset, out, device, dtype, args)
         results.append(result)
         pictured.append(rows)
-        if path.with_name("log.csv").exists():
-            logs[names[-1]] = path.with_name("log.csv")
     if len(ckpts) > 1:
         print("\n" + comparison(names, results))
         rows = []
         for rows_of_frame in zip(*pictured):        # the first of each checkpoint, then the second
             rows += rows_of_frame
         picture_grid(rows).save(args.out / "comparison.png")
-    if logs:
-        curves_picture(logs).save(args.out / "curves.png")
     print(f"\nresults: {args.out}/")
     return results
 
@@ -437,8 +436,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     """Evaluate a checkpoint, print its table, and write its files into the folder `out`.
     -> the dict of metrics.json, and the panels of the first two frames that are drawn"""
     settings = ckpt["settings"]
-    print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, copyblob "
-          f"{settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
+    print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
+          f"copyblob {settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
@@ -462,9 +461,10 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
             picture_grid([row]).save(out / f"panel_{index}_{dataset.names[index]}.png")
             if len(rows) < 2:                       # all of them would fill the memory
                 rows.append(row)
-    result = {"checkpoint": str(ckpt["path"]), "settings": settings, "epoch": ckpt["epoch"],
-              "val_miou": ckpt["miou"], "split": args.split, "data": str(args.data),
-              "images": len(dataset), "tta": args.tta, **summarize(matrix)}
+    result = {"checkpoint": str(ckpt["path"]), "epoch": ckpt["epoch"], "settings": settings}
+    result["val_miou"] = ckpt["miou"]               # as train.py measured it
+    result.update(data=str(args.data), split=args.split, images=len(dataset), tta=args.tta)
+    result.update(summarize(matrix))
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
     title = f"{ckpt['path']} on {args.split}, mIoU {format_score(result['miou'])}"
     confusion_picture(matrix, title).save(out / "confusion.png")
@@ -497,7 +497,8 @@ def predict_photos(ckpt, device, dtype, args):
     photos, out = find_photos(args.images), args.out
     out.mkdir(parents=True, exist_ok=True)
     legend(600).save(out / "legend.png")
-    network, pixels, failures = ckpt["network"].eval(), np.zeros(len(CLASSES), np.int64), 0
+    network = ckpt["network"].eval()
+    pixels, failures = np.zeros(len(CLASSES), np.int64), 0
     for file in photos:
         try:
             photo = read_image(file)
