@@ -47,12 +47,12 @@ CLASSES = [                                         # the position is the train 
     Class("bicycle", 33, (119, 11, 32)),
 ]
 LABEL_IDS = [c.label_id for c in CLASSES]
+LAST_LABEL_ID = max(33, *LABEL_IDS)                 # Cityscapes has 0 ... 33, used or not
 TRAIN_ID = {c.name: train_id for train_id, c in enumerate(CLASSES)}
 
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)     # targets, class weights and CopyBlob follow it
 LABEL_TO_TRAIN[LABEL_IDS] = np.arange(len(CLASSES))
-# To count trailers (label id 30) as trucks, for example, uncomment this line. It changes the truth
-# of the validation too, so scores are no longer Cityscapes' own.
+# Uncomment this to count trailers (label id 30) as trucks. Scores are then not Cityscapes' own.
 # LABEL_TO_TRAIN[30] = TRAIN_ID["truck"]
 TRAIN_TO_LABEL = np.full(256, IGNORE, np.uint8)     # the inverse, for the official scorer
 TRAIN_TO_LABEL[:len(CLASSES)] = LABEL_IDS
@@ -104,10 +104,10 @@ def read_label(path):
         raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
                          "Cityscapes' *_gtFine_labelIds.png files, or save ids, not colors")
     pixels = label.histogram()                      # of each value, 256
-    wrong = [value for value in range(max(LABEL_IDS) + 1, IGNORE) if pixels[value] > 0]
+    wrong = [value for value in range(LAST_LABEL_ID + 1, IGNORE) if pixels[value] > 0]
     if wrong:
         raise ValueError(f"{path}: has the values {wrong[:5]}, but label ids are 0 ... "
-                         f"{max(LABEL_IDS)} or 255; correct the file, or CLASSES in data.py")
+                         f"{LAST_LABEL_ID} or 255; correct the file, or CLASSES in data.py")
     return label.point(LABEL_TO_TRAIN.tolist())
 
 
@@ -128,8 +128,8 @@ def list_folder(folder):
 
 def find_files(folder, pattern):
     """Find folder/<city>/<file>, where `pattern` matches <file> and its group 1 is the frame.
-    -> dict {"<city>/<frame>": Path}, sorted, and the Paths of all else that lies there, also of
-    links without a target, but not of COMPANIONS."""
+    -> dict {"<city>/<frame>": Path}, sorted, and a list of Paths that are not used: other files,
+    and links without a target, but not COMPANIONS."""
     files, unused = {}, []
     for city in list_folder(folder):
         if not city.is_dir():                       # a file that lies beside the cities
@@ -200,7 +200,7 @@ class Cityscapes(torch.utils.data.Dataset):
         image, label = self.read(index)
         if self.crop is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
-            if self.donors and rng.random() < self.copyblob:
+            if self.donors and rng.random() < self.copyblob:            # see find_donors
                 train_id = int(rng.choice(list(self.donors)))
                 donor_image, donor_label = self.read(rng.choice(self.donors[train_id]))
                 image, label = copy_blob(image, label, donor_image, donor_label, train_id)
@@ -223,10 +223,9 @@ class Cityscapes(torch.utils.data.Dataset):
 # ------------------------------------------------------------------------------- augmentation
 
 def place_window(length, crop, zoom, rng):
-    """Place the window of `augment`, crop / zoom pixels, at random on one axis, of `length` pixels.
-
-    A window that is shorter than the frame lies in it; a longer one contains it.
-    -> start, end: what the window shows of the frame, in pixels of the frame and their fractions
+    """Place the window of `augment` (see its drawing) at random on one axis, of `length` pixels.
+    It has crop / zoom pixels. If it is shorter than the frame, it lies in it, else it contains it.
+    -> start, end: the part of the frame in the window, in pixels of the frame (float)
        crop_start, crop_size: where this goes in the crop, in whole pixels of the crop
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
@@ -379,7 +378,7 @@ def epoch_batches(epoch, num_frames, batch, seed):
     Every epoch has its own random order. Frames that do not fill a batch are left out of it.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Cityscapes draws from (seed, epoch, index), where index is never num_frames as it is here.
+    # Other random numbers than those of crops, which come from (seed, epoch, index < num_frames):
     rng = np.random.default_rng((seed, epoch, num_frames))
     items = epoch * num_frames + rng.permutation(num_frames)
     steps = num_frames // batch
@@ -394,7 +393,7 @@ def make_loader(dataset, workers, device, **options):
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):        # on Linux: those that this process may use
             cores = len(os.sched_getaffinity(0))
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)        # of torchrun
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)        # of torchrun, one a GPU
         share = max(1, min(8, cores // processes))
         workers = 0 if device.type == "cpu" else share
     if workers > 0:

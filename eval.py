@@ -7,7 +7,7 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width. train.py imports from here what both scripts need.
+the whole split. Sizes are height x width. train.py imports some functions from here.
 """
 import argparse
 import errno
@@ -128,7 +128,7 @@ def progress(items, describe):
         start, end, pause = "\r\033[K", "", 0.5     # go to the beginning of the line, and clear it
     shown_at = time.monotonic()
     for number, item in enumerate(items, start=1):
-        yield item                                  # the loop runs its body before it goes on here
+        yield item                                  # the body of the loop runs here
         if time.monotonic() - shown_at > pause:
             print(start + describe(number), end=end, flush=True)
             shown_at = time.monotonic()
@@ -188,8 +188,7 @@ def load_weights(model, saved, path, new_head=False):
 
 
 def load_model(path, device):
-    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, with path and network.
-    Raises the errors of find_checkpoint, load_checkpoint and load_weights."""
+    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, with path and network."""
     path = find_checkpoint(path)
     saved = load_checkpoint(path)
     network = build_model(saved["settings"]["model"], len(CLASSES))
@@ -481,7 +480,7 @@ PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 def find_photos(path):
     """The photos of --images, a file or a folder. One line reports the other files there."""
     files = [path]
-    if path.is_dir():
+    if not path.is_file():
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
     photos = [file for file in files if file.suffix.lower() in PHOTO_ENDINGS]
     if not photos:
@@ -584,11 +583,13 @@ def parse_args(argv=None):
     add("--panels", type=number_in(1, 10**6, int), default=6, help="frames to draw (default: 6)")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
-        help="precision; off is float32 (default: as in the training of the first checkpoint)")
+        help="precision; off is float32 (default: --amp of the training of the first checkpoint)")
     add("--workers", type=number_in(0, 1000, int), help="(default: up to 8; on a CPU 0)")
     args = parser.parse_args(argv)
     if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
         raise ValueError(f"--out {args.out} holds a run of train.py; choose another folder")
+    if args.images and args.images.resolve() == args.out.resolve():
+        raise ValueError(f"--out {args.out} holds the photos; choose another folder")
     if len(args.ckpt) > 1 and (args.images or args.labels_out):
         raise ValueError("--images and --labels-out need exactly one --ckpt")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:

@@ -35,8 +35,8 @@ def cross_entropy(logits, target, weights):
 
 def focal(logits, target, weights, gamma=2.0):
     """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
-    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy (else gamma >= 1). p_i is the
-    softmax: the weights scale the loss, but do not change p_i. Shapes as in `cross_entropy`.
+    Easy pixels, p near 1, hardly count; gamma = 0 is cross-entropy. Between 0 and 1, the gradient
+    is infinite at p = 1. The weights do not change p_i, the softmax. Shapes as in `cross_entropy`.
     Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha)."""
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
     return _pixel_mean((1 - torch.exp(-nll)) ** gamma * nll, target, weights)
@@ -67,7 +67,7 @@ def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
     In Dice, a rare class counts as much as a frequent one. But its gradient by the logit of the
     true class contains the factor p (from softmax), so that it is near 0 where p is near 0. The
-    gradient of cross-entropy, p - 1, is largest there."""
+    gradient of cross-entropy, p - 1, is largest in size there."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

@@ -449,17 +449,19 @@ def test_one_edit_counts_trailers_as_trucks_or_reads_other_classes():
     assert frames[0][1].tolist() == [[14, 14, 0]]
     assert frames.pixels[0, 14] == 2
     assert frames.pixels.sum() == 3
-    for ids in [0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 40]:
+    for ids in [0, 1, 2, 3, 4, 5, 6, 7], [1, 2, 40]:    # a second CLASSES replaces the first
         module = edited("]\nLABEL_IDS", f"]\nCLASSES = [Class(str(k), k, (k, k, k)) for k in {ids}]"
                         "\nLABEL_IDS")
-        root = write_tree(FOLDER / f"own-{len(ids)}", np.array([[*ids, 255]], np.uint8))
+        label = np.array([[*ids, 33, 255]], np.uint8)
+        root = write_tree(FOLDER / f"own-{len(ids)}", label)
         frames = module.Cityscapes(root, "train")
-        assert frames[0][1].tolist() == [[*range(len(ids)), 255]]
+        assert frames[0][1].tolist() == [[*range(len(ids)), 255, 255]]
         assert frames.pixels.tolist() == [[1] * len(ids)]
-        write_tree(root, np.full((1, 9), max(ids) + 1, np.uint8))
+        unknown = 34 if max(ids) < 34 else 41
+        write_tree(root, np.full((1, 9), unknown, np.uint8))
         message = raises(ValueError, frames.__getitem__, 0)
         assert str(frames.labels[0]) in message
-        assert str(max(ids) + 1) in message
+        assert str(unknown) in message
         assert "\n" not in raises(ValueError, module.make_scenes, FOLDER / "no-scenes")
 
 
@@ -834,7 +836,7 @@ def new(out):
 
 
 def run(*options, build=tiny, until=None):
-    """train.main() up to an error (1 / 0) before step `until` -> printed text, exit status."""
+    """train.main() up to an error (1 / 0) before step `until` -> printed text, with the status."""
     before = list(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM)))
     with (mock.patch("train.build_model", build), before_step(until, lambda: 1 / 0),
           contextlib.redirect_stdout(io.StringIO()) as printed):
@@ -1256,7 +1258,7 @@ WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
 --ckpt {files}/nan.pt --out {out} => not finite
 --ckpt {good} {good} --labels-out {out} => --labels-out
---ckpt {good} --images {folder}/none => none: no .png
+--ckpt {good} --images {folder}/none => {folder}/none; --out {folder} --ckpt x --images {folder}
 --ckpt {good} --out {good} => holds a run
 --ckpt {good} --split validation => splits there: train, val
 --ckpt ''; --data '' --ckpt x; --images '' --ckpt x; --out '' --ckpt x"""

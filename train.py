@@ -190,11 +190,11 @@ def build_network(args, device, last):
     own frames, so the result differs a little from that of one process with the whole batch. On
     GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
     torch.manual_seed(args.seed)
-    pretrained = args.pretrained and last is None and RANK == 0         # one download is enough
+    pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
     if last is not None:
         load_weights(model, last, "last.pt")
-    elif args.init:
+    elif args.init and RANK == 0:
         path = find_checkpoint(args.init)
         load_weights(model, load_checkpoint(path), path, new_head=True)
     model = model.to(device, memory_format=torch.channels_last)
@@ -225,8 +225,8 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Start momentum at 0. Otherwise, if GradScaler leaves out the first step, fused SGD would use
-    # uninitialized buffers in the second one (PyTorch 2.13).
+    # Start momentum at 0. Otherwise, if GradScaler (float16, see `main`) leaves out the first step,
+    # fused SGD would use uninitialized buffers in the second one (PyTorch 2.13).
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -450,7 +450,7 @@ def find_run(args):
 
 
 def restore(last, run, parts):
-    """Continue from a last.pt: set `run` and `parts`. ValueError if other frames are there."""
+    """Continue from a last.pt: set `run` and `parts`. ValueError for another number of frames."""
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
@@ -459,7 +459,7 @@ def restore(last, run, parts):
             part.load_state_dict(last[name])
     device = run.loss_sum.device
     for name in vars(run):
-        setattr(run, name, last.get(name, getattr(run, name)))      # a newer value is not there
+        setattr(run, name, last.get(name, getattr(run, name)))      # an older last.pt lacks some
     run.loss_sum = run.loss_sum.to(device)
 
 
@@ -520,7 +520,7 @@ def main(argv=None):
     out, last = find_run(args)
     saved = last["settings"] if last else {}
     device = pick_device(args.device or saved.get("device", "auto"))
-    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPU tensors, Gloo for CPU tensors
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL sends GPU tensors, Gloo CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
@@ -564,10 +564,10 @@ def main(argv=None):
             run.best_miou = -1.0
     if on_any_rank(last is not None) and last is None:
         raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
-    saved_at = time.monotonic()
+    saved_at = started = time.monotonic()
 
     def step_line(number):      # text for `progress` in eval.py: it calls this between two steps,
-        # `number` steps after `started`. It also ends a run whose loss is not finite.
+        # `number` steps after `started`. A loss that is not finite ends the run here.
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number
@@ -608,7 +608,7 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])
-            seconds = time.monotonic() - started
+            seconds = max(0.001, time.monotonic() - started)
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": sum(waits) / seconds}
             matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)

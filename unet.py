@@ -216,10 +216,10 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """An encoder, and a decoder with one `Up` for each skip.
 
-    float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. The input is
-    padded with zeros (the mean color, once normalized) to multiples of 32; the output is cropped
-    back. `widths` are the channels of the decoder, coarsest first. ConvNeXt's three skips use three
-    of them; with fewer widths than skips, the decoder ends early and leaves out the finest skips.
+    float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also under
+    autocast. The input is padded with zeros (the mean color, once normalized) to multiples of 32;
+    the output is cropped back. `widths` are the channels of the decoder, coarsest first, one for
+    each skip (ConvNeXt has three). With fewer, the decoder ends early, without the finest skips.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
@@ -321,7 +321,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # up1 needs as many as x8 has
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as wide as x8: up1 adds them
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
