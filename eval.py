@@ -188,7 +188,7 @@ def load_weights(model, saved, path, new_head=False):
 
 
 def load_model(path, device):
-    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, with path and network."""
+    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, path and network."""
     path = find_checkpoint(path)
     saved = load_checkpoint(path)
     network = build_model(saved["settings"]["model"], len(CLASSES))
