@@ -6,9 +6,9 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png          label ids, 8 bits
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated and renumbered as train
-ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore. So
-does the license plate: its label id is -1, which 8-bit files store as 255. A table maps label ids
-to train ids when a file is read, so nothing has to be converted beforehand.
+ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore (also
+255 itself, in case a file stores the license plate, id -1). A table maps label ids to train ids
+when a file is read, so nothing has to be converted beforehand.
 
 Sizes are height x width; Pillow's own sizes, as in `resize`, are width x height.
 Random numbers come from (seed, epoch, index). A sample therefore does not depend on the number of
@@ -50,7 +50,7 @@ LABEL_IDS = [c.label_id for c in CLASSES]
 LAST_LABEL_ID = max(33, *LABEL_IDS)                 # Cityscapes has 0 ... 33, used or not
 TRAIN_ID = {c.name: train_id for train_id, c in enumerate(CLASSES)}
 
-LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)     # targets, class weights and CopyBlob follow it
+LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)     # for targets, class weights and CopyBlob
 LABEL_TO_TRAIN[LABEL_IDS] = np.arange(len(CLASSES))
 # Uncomment this to count trailers (label id 30) as trucks. Scores are then not Cityscapes' own.
 # LABEL_TO_TRAIN[30] = TRAIN_ID["truck"]
@@ -155,8 +155,8 @@ class Cityscapes(torch.utils.data.Dataset):
     scale: (min, max) of the random zoom of a crop, see `augment`
     unused: Paths of what lies in the folders of the split and is not read
 
-    Item k = epoch * len + index, so that a frame has new random numbers in each epoch. train.py
-    asks for these k; whole frames are items 0 ... len - 1. A split other than train and val may
+    Item k = epoch * len + index, so that a crop has new random numbers in each epoch (see
+    epoch_batches); whole frames are items 0 ... len - 1. A split other than train and val may
     have no labels; then all pixels are 255. Raises OSError or ValueError for wrong files."""
 
     def __init__(self, root, split, crop=None, copyblob=0.0, seed=0, scale=(0.5, 2.0)):
@@ -393,7 +393,7 @@ def make_loader(dataset, workers, device, **options):
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):        # on Linux: those that this process may use
             cores = len(os.sched_getaffinity(0))
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)        # of torchrun, one a GPU
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)        # of torchrun, one per GPU
         share = max(1, min(8, cores // processes))
         workers = 0 if device.type == "cpu" else share
     if workers > 0:

@@ -153,11 +153,11 @@ def find_checkpoint(path, names=("best.pt", "last.pt")):
 def load_checkpoint(path):
     """Read a best.pt or last.pt -> dict: "model", the weights; "settings", the options of the
     training; "epoch", "miou", "frame_size" (height, width), and more, see `save` in train.py. Only
-    tensors and plain Python values are read, so that a file cannot run code. Raises OSError, or
-    ValueError for a file that is no checkpoint of train.py."""
+    tensors and plain Python values are read: a file cannot run code. Raises OSError, ValueError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         weights, name = saved["model"], saved["settings"]["model"]
+        saved["epoch"], saved["miou"], saved["frame_size"]          # KeyError if one is missing
     except OSError:
         raise
     except Exception as error:                      # torch.load raises errors of many kinds
@@ -258,7 +258,7 @@ def comparison(names, results):
         add_line(f"IoU {name}", [format_score(r["classes"][name]["iou"]) for r in results])
     for key, title in (("miou", "mIoU"), ("mean_dice", "Dice"), ("pixel_accuracy", "accuracy")):
         add_line(title, [format_score(r[key]) for r in results])
-    add_line("means of classes", [str(r["classes_scored"]) for r in results])
+    add_line("classes in means", [str(r["classes_scored"]) for r in results])
     return "\n".join(lines)
 
 
@@ -494,6 +494,8 @@ def predict_photos(ckpt, device, dtype, args):
     """Write a color map and an overlay of each photo in --images.
     Raises OSError at the end if some could not be read or written."""
     photos, out = find_photos(args.images), args.out
+    if photos[0].resolve().parent in [out.resolve(), (args.labels_out or out).resolve()]:
+        raise ValueError(f"{photos[0].parent}: holds the photos; choose another folder for results")
     out.mkdir(parents=True, exist_ok=True)
     legend(600).save(out / "legend.png")
     network = ckpt["network"].eval()
@@ -546,7 +548,7 @@ def number_in(low, high, kind=float):
 
 
 def path_option(text):
-    """A type for argparse: a path. An empty one, as of an unset shell variable, is an error."""
+    """A type for argparse: a path. The value of an unset shell variable, '', is an error."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(os.path.expanduser(text))
@@ -588,8 +590,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if (args.out / "last.pt").exists() or (args.out / "best.pt").exists():
         raise ValueError(f"--out {args.out} holds a run of train.py; choose another folder")
-    if args.images and args.images.resolve() == args.out.resolve():
-        raise ValueError(f"--out {args.out} holds the photos; choose another folder")
     if len(args.ckpt) > 1 and (args.images or args.labels_out):
         raise ValueError("--images and --labels-out need exactly one --ckpt")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:

@@ -826,7 +826,7 @@ def before_step(number, action):
     def seed_step(seed, step, original=train.seed_step):
         if step == number:
             action()
-        original(seed, step)
+        original(seed, step)                        # may be that of another patch around this one
     return mock.patch("train.seed_step", seed_step)
 
 
@@ -908,7 +908,7 @@ def first_steps(until, *options):
     network, batches = tiny(""), []
     network.register_forward_pre_hook(lambda network, inputs: batches.append(inputs[0]))
 
-    def build(*args):
+    def build(*args):                               # the weights follow from --seed
         network.load_state_dict(tiny("").state_dict())
         return network
     printed = run(*new(tempfile.mkdtemp(dir=FOLDER)), *options, build=build, until=until)
@@ -1258,7 +1258,8 @@ WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
 --ckpt {files}/nan.pt --out {out} => not finite
 --ckpt {good} {good} --labels-out {out} => --labels-out
---ckpt {good} --images {folder}/none => {folder}/none; --out {folder} --ckpt x --images {folder}
+--ckpt {good} --images {folder}/none => {folder}/none
+--ckpt {good} --images {photos} --out {photos} => holds the photos
 --ckpt {good} --out {good} => holds a run
 --ckpt {good} --split validation => splits there: train, val
 --ckpt ''; --data '' --ckpt x; --images '' --ckpt x; --out '' --ckpt x"""
@@ -1278,9 +1279,10 @@ def test_bad_command_lines_are_one_line():
     saved["model"]["head.bias"][0] = math.nan
     torch.save(saved, files / "nan.pt")
     striped_tree("no-train", [[0] * 4] * 2)
+    photos = scenes() / "leftImg8bit/val/toytown"
     before = (good / "last.pt").read_bytes()
     for module, rows in (train, WRONG_FOR_TRAIN), (evaluation, WRONG_FOR_EVAL):
-        rows = rows.format(folder=FOLDER, good=good, files=files, out=out)
+        rows = rows.format(folder=FOLDER, good=good, files=files, out=out, photos=photos)
         for row in re.split("; |\n", rows):
             options, _, part = row.partition(" => ")
             words = shlex.split(options)
@@ -1307,14 +1309,12 @@ def test_eval_by_its_own_predictions():
     """Score the PNGs that eval.py wrote in loops, and compare with its metrics.json."""
     out, predictions = FOLDER / "eval", FOLDER / "predictions"
     score("--ckpt", checkpoint(), "--out", out, "--labels-out", predictions)
-    result = json.loads((out / "metrics.json").read_text())
-    both, either = Counter(), Counter()
+    result, both, either = json.loads((out / "metrics.json").read_text()), Counter(), Counter()
     for path in (FOLDER / "road-and-sky/gtFine/val").rglob("*_labelIds.png"):
         guess = np.array(Image.open(predictions / path.name.replace("gtFine", "pred")))
         truth = np.array(Image.open(path))
         for c in data.CLASSES:
-            is_true = truth == c.label_id
-            is_guessed = (guess == c.label_id) & (truth != 0)
+            is_true, is_guessed = truth == c.label_id, (guess == c.label_id) & (truth != 0)
             both[c.name] += (is_true & is_guessed).sum()
             either[c.name] += (is_true | is_guessed).sum()
     for name, scores in result["classes"].items():

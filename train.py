@@ -84,13 +84,13 @@ def parse_args(argv=None):
     add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
         "for scenes 0.025 x batch; adamw 0.001)")
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
-        "weights from ImageNet or --init (default: sgd 0.5, adamw 0.1)")
+        "weights from ImageNet or --init, not of convunext (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
     add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (default: if known)")
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
-    add("--workers", type=number_in(0, 1000, int), help="processes a GPU (default: up to 8; CPU 0)")
+    add("--workers", type=number_in(0, 1000, int), help="processes per GPU (default: to 8; CPU 0)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
@@ -320,7 +320,7 @@ def save(path, args, run, model, parts):
 
 
 def prepare_out(out, args, train_set):
-    """Make room for the files of a new run, and draw what CopyBlob does: one frame a class."""
+    """Make room for the files of a new run, and draw what CopyBlob does: one frame per class."""
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
@@ -398,7 +398,7 @@ def on_any_rank(condition):
 
 
 def leave_group():
-    """Wait until all ranks are here, so that none ends while rank 0 still saves; then part."""
+    """Wait until all ranks are here, so that none ends while rank 0 still saves; then leave."""
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -498,7 +498,7 @@ def format_row(row, epochs):
 
 def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
     """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU."""
-    device = optimizer.param_groups[0]["params"][0].device
+    device = next(network.parameters()).device
     images = images.to(device, non_blocking=True)
     target = target.to(device, non_blocking=True).long()
     # Autocast computes convolutions and matrix products in 16 bits, which is faster.
@@ -524,6 +524,8 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
+    if on_any_rank(last is not None) and last is None:
+        raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     choose_options(args, saved)
 
     # Data, network, optimizer.
@@ -562,12 +564,10 @@ def main(argv=None):
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
         if not (out / "best.pt").exists():          # only last.pt was copied to here
             run.best_miou = -1.0
-    if on_any_rank(last is not None) and last is None:
-        raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     saved_at = started = time.monotonic()
 
-    def step_line(number):      # text for `progress` in eval.py: it calls this between two steps,
-        # `number` steps after `started`. A loss that is not finite ends the run here.
+    def step_line(number):
+        """Text for `progress`, `number` steps after `started`. Ends a run with infinite loss."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number

@@ -219,7 +219,7 @@ class UNet(nn.Module):
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also under
     autocast. The input is padded with zeros (the mean color, once normalized) to multiples of 32;
     the output is cropped back. `widths` are the channels of the decoder, coarsest first, one for
-    each skip (ConvNeXt has three). With fewer, the decoder ends early, without the finest skips.
+    each skip (ConvNeXt: the first three). With fewer, the decoder ends without the finest skips.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
