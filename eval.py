@@ -355,15 +355,14 @@ def confusion_picture(matrix, title):
     return picture
 
 
-def curves_picture(path):
-    """Draw the training loss and validation mIoU of a log.csv over the epochs."""
-    table = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
-    last = int(table["epoch"][-1])
+def curves_picture(log):
+    """Draw training loss and validation mIoU over the epochs; log: the rows of log.csv (dicts)."""
+    last = log[-1]["epoch"]
     width, height, bottom = 480, 300, 340           # of one plot, inside its axes
     picture, pen = sheet(2 * width + 180, bottom + 50)
     for left, key, title in (60, "loss", "training loss"), (620, "miou", "validation mIoU"):
-        rows = table[~np.isnan(table[key])]         # NaN where --val-every left out an epoch
-        top = max(1, math.ceil(rows[key].max(initial=0)))
+        rows = [row for row in log if row[key] is not None]     # None: no validation
+        top = math.ceil(max([1, *[row[key] for row in rows]]))
 
         def at(epoch, value):
             return left + width * epoch / last, bottom - height * value / top
@@ -375,7 +374,7 @@ def curves_picture(path):
             pen.text(at(0, value), f"{value:.1f} ", "black", anchor="rm")
         for epoch in sorted({0, round(last / 2), last}):
             pen.text(at(epoch, 0), str(epoch), "black", anchor="ma")
-        points = [at(epoch, value) for epoch, value in rows[["epoch", key]]]
+        points = [at(row["epoch"], row[key]) for row in rows]
         pen.line(points, CURVE_COLOR, 2)
         for x, y in points:
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), CURVE_COLOR)

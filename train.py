@@ -365,7 +365,7 @@ def write_log(log, out):
     writer.writeheader()
     writer.writerows(log)
     write(text.getvalue().encode(), out / "log.csv")
-    curves_picture(out / "log.csv").save(out / "curves.png")
+    curves_picture(log).save(out / "curves.png")
 
 
 # ---------------------------------------------------------------- several processes, and signals
