@@ -1338,7 +1338,7 @@ def test_tables_and_colors_by_hand():
     perfect = evaluation.summarize(torch.eye(19, dtype=torch.int64))
     lines = evaluation.comparison(["a", "b"], [result, perfect]).split("\n")
     assert lines[1].split() == ["IoU", "road", "0.667", "1.000"]
-    assert lines[-1].split() == ["means", "of", "classes", "2", "19"]
+    assert lines[-1].split() == ["classes", "in", "means", "2", "19"]
     image = np.full((1, 3, 3), 90, np.uint8)
     _, picture = evaluation.panel(image, np.uint8([[4, 4, 255]]), np.uint8([[4, 5, 4]]))[3]
     assert picture.tolist() == [[[30, 30, 30], [0, 255, 255], [0, 0, 0]]]   # right wrong ignored

@@ -472,19 +472,6 @@ def timed(items, waits):
         asked = time.monotonic()
 
 
-def log_row(args, run, scores, steps_per_epoch, times):
-    """The row of log.csv for an epoch; scores: a dict of `summarize`; times: more columns."""
-    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps_per_epoch,
-           "lr": learning_rate(args, run.step - 1, steps_per_epoch)}
-    for key in "pixel_accuracy", "miou", "mean_dice":
-        row[key] = scores[key]
-    row.update(times)
-    row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30      # the peak; 0 on a CPU
-    for c in CLASSES:
-        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
-    return row
-
-
 def format_row(row, epochs):
     """The main columns of a row of the log, and the time that is left, as text."""
     scores = ""
@@ -494,6 +481,30 @@ def format_row(row, epochs):
     left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
     return (f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}{scores}  "
             f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
+
+
+def finish_epoch(args, run, model, parts, out, scores, times):
+    """Add a row to log.csv, save best.pt if no epoch before was better, and last.pt.
+    scores: a dict of `summarize`; times: more columns of the row"""
+    run.epoch += 1
+    run.miou = scores["miou"]
+    steps = run.step // run.epoch                   # of an epoch
+    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
+           "lr": learning_rate(args, run.step - 1, steps)}
+    for key in "pixel_accuracy", "miou", "mean_dice":
+        row[key] = scores[key]
+    row.update(times, gpu_gib=torch.cuda.max_memory_allocated() / 2**30)    # peak; 0 on a CPU
+    for c in CLASSES:
+        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
+    run.log.append(row)
+    run.loss_sum.zero_()
+    if run.miou is not None and run.miou > run.best_miou:
+        run.best_miou = run.miou
+        save(out / "best.pt", args, run, model, parts)
+    if RANK == 0:
+        write_log(run.log, out)
+    save(out / "last.pt", args, run, model, parts)
+    say(format_row(row, args.epochs))
 
 
 def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
@@ -611,26 +622,15 @@ def main(argv=None):
             seconds = max(0.001, time.monotonic() - started)
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": sum(waits) / seconds}
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:
                     end_stopped(stop, out)
-            scores = summarize(matrix)              # of zeros: all are None
-            run.epoch += 1
-            run.miou = scores["miou"]
             times["seconds"] = time.monotonic() - started
-            run.log.append(log_row(args, run, scores, steps_per_epoch, times))
-            run.loss_sum.zero_()
-            if run.miou is not None and run.miou > run.best_miou:
-                run.best_miou = run.miou
-                save(out / "best.pt", args, run, model, parts)
-            if RANK == 0:
-                write_log(run.log, out)
-            save(out / "last.pt", args, run, model, parts)
+            finish_epoch(args, run, model, parts, out, summarize(matrix), times)
             saved_at = time.monotonic()
-            say(format_row(run.log[-1], args.epochs))
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}; "
             f"now: python eval.py --ckpt {out / 'best.pt'}")
