@@ -427,13 +427,14 @@ COLORS = {                              # a part takes one of these; classes sha
     "stone": "tan rosybrown gray silver dimgray", "leaf": "darkolivegreen olivedrab seagreen",
     "paint": "gainsboro darkgray black brown steelblue", "plate": "firebrick royalblue gold",
     "cloth": "black brown steelblue silver olive", "paving": "gray darkgray"}
+# A part: shape, color, side, bottom, width, height, in meters: "box silver 0 0 .3 5" is .3 wide and
+# 5 high. If `side` is not 0, it is painted twice, to the left and right of the thing's middle.
 BICYCLE = {"bicycle": "disc black .5 0 .7 .7, box paint 0 .4 1 .25"}
 MOTORCYCLE = {"motorcycle": "disc black .6 0 .6 .6, box paint 0 .3 1.3 .6, disc white .5 .6 .3 .3"}
 RIDER = {"rider": "box cloth 0 .6 .5 1, disc plate 0 1.5 .4 .4"}
 POLE = {"pole": "box silver 0 0 .3 5"}
-# Each row: how many things a frame has on average; how far they are from the middle of the street,
-# from and to; the parts of each class. A part: shape, color, side, bottom, width, height. If `side`
-# is not 0, it is painted twice, to the left and to the right of the thing's middle. All in meters.
+# Each row: how many things a frame has on average; their smallest and largest distance from the
+# middle of the street, in meters; the parts of each class.
 THINGS = [
     (14, 12, 25, {"building": "box stone 0 0 10 9, box navy 2.4 1 1.6 2, box navy 2.4 5 1.6 2"}),
     (8, 9, 16, {"vegetation": "box sienna 0 0 .4 3, disc leaf .9 1.6 3 3, disc leaf 0 3 3 3"}),
