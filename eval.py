@@ -157,14 +157,14 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         weights, name = saved["model"], saved["settings"]["model"]
-        saved["epoch"], saved["miou"], saved["frame_size"]          # KeyError if one is missing
     except OSError:
         raise
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
-    if name not in SPECS or not isinstance(weights, dict):
-        raise ValueError(f"{path}: its model {name} is not one of SPECS in unet.py, with weights")
+    missing = {"epoch", "miou", "frame_size"} - saved.keys()
+    if missing or name not in SPECS or not isinstance(weights, dict):
+        raise ValueError(f"{path}: incomplete, or its model {name} is not one of SPECS in unet.py")
     return saved
 
 

@@ -1,9 +1,8 @@
 """All tests of the project, as a reference: `python test_all.py`, or `pytest test_all.py`.
 
-The name of a test says what is promised. Read the helpers, here and at the beginning of a section,
-then the tests that interest you. Results are compared with something that does not share the
-code's mistakes: outputs of the published networks, values computed by hand or in plain loops. The
-promises of a run are tested with the real main() of train.py and eval.py on a few small frames.
+The name of a test says what is promised. Read the helpers, then the tests that interest you.
+Results are compared with outputs of the published networks, or values computed by hand or in plain
+loops. The promises of a run are tested with the real main() of train.py and eval.py.
 """
 import atexit
 import contextlib
@@ -362,10 +361,8 @@ def test_losses_stay_finite():
 def test_losses_are_float32_under_autocast():
     logits, target = example()
     logits = logits.half()
-
     def product(logits, target, weights):               # autocast would compute it in 16 bits
         return (logits.mT @ logits).sum()
-
     with mock.patch.dict(losses.LOSSES, product=product):
         for name in losses.LOSSES:
             loss = losses.build_loss(name)
@@ -505,6 +502,9 @@ def test_broken_and_dangerous_files_are_named():
         path.write_bytes(whole)
     with mock.patch("PIL.Image.MAX_IMAGE_PIXELS", 11):              # of 24; Pillow allows double
         bad_frame(root, OSError, image, "decompression bomb")
+    Image.effect_noise((64, 64), 50).save(image, "JPEG")
+    image.write_bytes(image.read_bytes()[:1000])                    # cut off
+    bad_frame(root, OSError, image)
     Image.new("RGB", (6, 4)).save(image, format="EPS")
     with mock.patch("PIL.EpsImagePlugin.Ghostscript") as ghostscript:
         for read in data.read_image, data.read_label:
@@ -547,9 +547,11 @@ def test_pictures_of_any_mode_are_read_upright():
 
 
 def test_normalize_uses_imagenet_numbers_in_rgb_order():
-    result = data.normalize(torch.full((2, 3, 4, 5), 100, dtype=torch.uint8))
-    for channel, mean, std in (0, 0.485, 0.229), (1, 0.456, 0.224), (2, 0.406, 0.225):
-        expected = torch.full((2, 4, 5), (100 / 255 - mean) / std)
+    rgb = torch.tensor([10, 100, 200], dtype=torch.uint8)
+    result = data.normalize(rgb.view(1, 3, 1, 1).expand(2, 3, 4, 5))
+    for channel, value, mean, std in ((0, 10, 0.485, 0.229), (1, 100, 0.456, 0.224),
+                                      (2, 200, 0.406, 0.225)):
+        expected = torch.full((2, 4, 5), (value / 255 - mean) / std)
         close(result[:, channel], expected)
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -778,6 +780,9 @@ def test_scenes_hold_every_class_and_four_are_rare():
         shares = pixels.sum(axis=0) / pixels.sum()
         assert (shares[data.RARE] < 0.01).all()
         assert len(data.RARE) == 4
+    image, label = data.Cityscapes(FOLDER / "full", "val")[0]
+    assert image.shape == (3, 128, 256)
+    assert (label == 255).any()
 
 
 def test_scenes_are_complete_or_not_there_and_replace_nothing():
@@ -907,7 +912,6 @@ def first_steps(until, *options):
     """A tiny run up to a step -> its network, the batches that it saw, what was printed."""
     network, batches = tiny(""), []
     network.register_forward_pre_hook(lambda network, inputs: batches.append(inputs[0]))
-
     def build(*args):                               # the weights follow from --seed
         network.load_state_dict(tiny("").state_dict())
         return network
@@ -918,12 +922,14 @@ def first_steps(until, *options):
 def launch(out, *options, pause=0.1, processes=1):
     """Start a tiny run in a new process group, by torchrun if there are several -> Popen."""
     script = FOLDER / f"{out.name}.py"      # each rank writes the items that it reads to a file
-    script.write_text(f"""import sys, time
+    script.write_text(f"""import signal, sys, time, torch
 sys.path.insert(0, {str(HERE)!r})
 import data, eval, train, unet
 {inspect.getsource(tiny)}
 def read(frames, k, original=data.Cityscapes.__getitem__):
     time.sleep({pause!r})
+    if torch.utils.data.get_worker_info():
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
     if frames.crop:
         print(k, file=open(f"{out}-{{train.RANK}}", "a"))
     return original(frames, k)
@@ -1076,7 +1082,6 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
     def infinite_weights():                         # from the gradients; the loss is still finite
         network.bias.register_hook(lambda gradient: gradient * math.inf)
-
     disk = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
     tree = striped_tree("four", [[7] * 4] * 4)      # two steps an epoch
     for step, action, amp, part in ((2, infinite_loss, "fp16", "the loss or the weights are not"),
@@ -1099,7 +1104,6 @@ def test_float16_gradients_that_overflow():
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * next(factors))
         return network
-
     once, options = FOLDER / "once", ("--data", striped_tree("overflow"), "--amp", "fp16")
     factors = itertools.chain([math.inf], itertools.repeat(1))
     run(*new(once), *options, "--save-minutes", "0", until=1, build=build)
@@ -1118,7 +1122,6 @@ def test_resume_after_errors_and_signals_is_exact():
     def interrupt():
         for _ in range(3):                          # repeated signals change nothing
             signal.raise_signal(number)
-
     out = FOLDER / "signals"
     run(*new(out), "--save-minutes", "0", until=1)
     for step, number in (1, signal.SIGTERM), (3, signal.SIGINT):
@@ -1142,7 +1145,6 @@ def test_resume_after_a_signal_in_the_validation_is_exact():
         if not network.training:
             validated.append(inputs)
             signal.raise_signal(signal.SIGTERM)
-
     whole, out, validated = FOLDER / "every-5", FOLDER / "validation", []
     options = "--val-every", "5", "--optimizer", "adamw"
     run(*new(whole), *options)
@@ -1239,21 +1241,18 @@ def test_on_a_gpu():
         assert ("scale" in load(out)["scaler"]) == (amp == "fp16")
 
 
-# Wrong options => what the line on standard error must contain; without =>, the first option. An
-# empty path may come from a shell variable that is not set.
+# Wrong options => what the line on standard error must contain; without =>, the first option.
 WRONG_FOR_TRAIN = """\
 --data {folder} => leftImg8bit_trainvaltest.zip
---data ~nosuchuser/x
---data {folder}/no-train => gtFine/train
---out {good} => --resume {good}
---model convunext --pretrained => --no-pretrained
+--data {folder}/no-train => gtFine/train; --data {folder}/no-val => gtFine/val
+--out {good} => --resume {good}; --model convunext --pretrained => --no-pretrained
 --model resnet34 --init {good} => of resnet18 with 19 classes
 --resume {good}/typo.pt => has best.pt, last.pt
---resume {good}/best.pt => resume from the last.pt
---resume {files}/copy.pt => resume from the last.pt
---epochs 0; --epoch 2; --batch -1; --batch 7; --lr nan; --lr 0; --crop 32 32; --copyblob 1.5
---workers -1; --workers 1001; --seed x; --scale 0 1; --scale 2 1; --loss mse; --model vgg
---color red; --device cuda:99; --init x --pretrained; --data ''; --init ''; --resume ''; --out ''"""
+--resume {good}/best.pt => resume from the last.pt; --resume {files}/copy.pt => resume from the last
+--data ~nosuchuser/x; --epochs 0; --epoch 2; --batch -1; --batch 7; --lr nan; --lr 0; --crop 32 32
+--copyblob 1.5; --workers -1; --workers 1001; --seed x; --scale 0 1; --scale 2 1; --loss mse
+--model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''
+--resume ''; --out ''"""
 WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
 --ckpt {files}/nan.pt --out {out} => not finite
@@ -1273,12 +1272,14 @@ def test_bad_command_lines_are_one_line():
     (files / "cut.pt").write_bytes((good / "best.pt").read_bytes()[:100_000])
     torch.save({"model": Hostile(), "settings": {}}, files / "hostile.pt")
     saved = load(good)
+    torch.save({"model": saved["model"], "settings": saved["settings"]}, files / "part.pt")
     for name in "u-net", "resnet34":                # what the file says that its model is
         settings = {**saved["settings"], "model": name}
         torch.save({**saved, "settings": settings}, files / f"{name}.pt")
     saved["model"]["head.bias"][0] = math.nan
     torch.save(saved, files / "nan.pt")
     striped_tree("no-train", [[0] * 4] * 2)
+    striped_tree("no-val", val=[[0] * 4])
     photos = scenes() / "leftImg8bit/val/toytown"
     before = (good / "last.pt").read_bytes()
     for module, rows in (train, WRONG_FOR_TRAIN), (evaluation, WRONG_FOR_EVAL):
@@ -1290,7 +1291,7 @@ def test_bad_command_lines_are_one_line():
             if module is train and "--resume" not in words:
                 words = [*new(out), *words]
             assert expected in one_line(module, *words), row
-    for name in "junk", "cut", "hostile", "u-net", "missing":
+    for name in "junk", "cut", "part", "hostile", "u-net", "missing":
         file = f"{files}/{name}.pt"
         assert file in one_line(train, "--resume", file)
         assert file in one_line(train, *new(out), "--init", file)
@@ -1354,7 +1355,6 @@ def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
         seen.append(x)                              # the sum of the logits would give class 0
         logits = logit * torch.eye(19)[class_id, :, None, None] * left
         return logits.expand(1, 19, *x.shape[2:])
-
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     prediction = evaluation.predict(model, images, tta=True)
     assert (prediction[..., :28] == 1).all()

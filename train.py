@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
-    add("--workers", type=number_in(0, 1000, int), help="processes per GPU (default: to 8; CPU 0)")
+    add("--workers", type=number_in(0, 1000, int), help="processes (default: up to 8 per GPU)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
@@ -578,7 +578,7 @@ def main(argv=None):
     saved_at = started = time.monotonic()
 
     def step_line(number):
-        """Text for `progress`, `number` steps after `started`. Ends a run with infinite loss."""
+        """Text for `progress`, `number` steps after `started`. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
         per_step = (time.monotonic() - started) / number
@@ -619,10 +619,10 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])
-            seconds = max(0.001, time.monotonic() - started)
+            seconds = max(0.001, time.monotonic() - started)    # a coarse clock may give 0
             times = {"images_per_s": len(batches) * args.batch / seconds,
                      "data_wait": sum(waits) / seconds}
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
