@@ -181,7 +181,7 @@ class Cityscapes(torch.utils.data.Dataset):
         self.images = list(images.values())
         self.labels = [labels[name] for name in images if labels]       # none in a test split
         self.names = [name.split("/")[1] for name in images]
-        self.donors = find_donors(self.pixels) if copyblob > 0 else {}
+        self.donors = find_donors(self.pixels) if copyblob > 0 else []
 
     @functools.cached_property
     def pixels(self):
@@ -200,9 +200,9 @@ class Cityscapes(torch.utils.data.Dataset):
         image, label = self.read(index)
         if self.crop is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
-            if self.donors and rng.random() < self.copyblob:            # see find_donors
-                train_id = int(rng.choice(list(self.donors)))
-                donor_image, donor_label = self.read(rng.choice(self.donors[train_id]))
+            if self.donors and rng.random() < self.copyblob:
+                donor, train_id = rng.choice(self.donors).tolist()      # see find_donors
+                donor_image, donor_label = self.read(donor)
                 image, label = copy_blob(image, label, donor_image, donor_label, train_id)
             image, label = augment(image, label, self.crop, rng, self.scale)
         image = torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -224,12 +224,13 @@ class Cityscapes(torch.utils.data.Dataset):
 
 def place_window(length, crop, zoom, rng):
     """Place the window of `augment` (see its drawing) at random on one axis, of `length` pixels.
-    It has crop / zoom pixels. If it is shorter than the frame, it lies in it, else it contains it.
+    It has crop / zoom pixels. A shorter window lies in the frame; a longer one contains the frame.
     -> start, end: the part of the frame in the window, in pixels of the frame (float)
        crop_start, crop_size: where this goes in the crop, in whole pixels of the crop
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
-        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500 (then padding)"""
+        zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500
+    In the last one, the crop has 75 pixels of padding, 500 of the frame, and 25 of padding."""
     window = crop / zoom
     # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
     lowest, highest = sorted([0, length - window])
@@ -245,7 +246,7 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
     A window of the frame is resized to the crop, so that zoom and crop are one operation. Height
-    and width are placed separately; in the second drawing, the window is higher than the frame.
+    and width are placed separately; in the second drawing, the window is taller than the frame.
 
         frame                               window
         +--------------------+              +-----------+
@@ -295,7 +296,7 @@ def jitter(image, rng):
 # ----------------------------------------------------------------------------------- CopyBlob
 
 # Cityscapes has few pixels of wall, fence, bus and train, and networks often miss them. CopyBlob
-# pastes such a class from a donor, any training frame that shows it, at the same place:
+# pastes such a class from a donor, a training frame that shows enough of it, at the same place:
 #
 #     frame                  donor                  result
 #     +----------------+     +----------------+     +----------------+
@@ -314,13 +315,12 @@ LEAST_SHARE = 0.005             # of a donor's labeled pixels
 
 
 def find_donors(pixels):
-    """int frames x classes -> {train id: frames that show this rare class}. ValueError if none."""
-    labeled = np.maximum(1, pixels.sum(axis=1))     # of each frame
-    donors = {}
-    for train_id in RARE:
-        frames = np.flatnonzero(pixels[:, train_id] / labeled >= LEAST_SHARE)
-        if len(frames) > 0:
-            donors[train_id] = frames
+    """int frames x classes -> list of [frame, train id], each frame that shows enough of a rare
+    class. All are pasted equally often, the rarest class least often. ValueError if there are none.
+    """
+    labeled = np.maximum(1, pixels.sum(axis=1, keepdims=True))          # of each frame
+    shown = np.argwhere(pixels / labeled >= LEAST_SHARE).tolist()       # [frame, train id] ...
+    donors = [pair for pair in shown if pair[1] in RARE]
     if not donors:
         names = ", ".join(CLASSES[train_id].name for train_id in RARE)
         raise ValueError(f"--copyblob has nothing to paste: no training frame shows one of {names} "
@@ -375,7 +375,7 @@ CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 def epoch_batches(epoch, num_frames, batch, seed):
     """The items (see Cityscapes) of each step of an epoch -> list of lists of ints.
-    Every epoch has its own random order. Frames that do not fill a batch are left out of it.
+    Every epoch has its own random order. Frames that do not fill a batch are skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
     # Other random numbers than those of crops, which come from (seed, epoch, index < num_frames):

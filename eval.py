@@ -138,8 +138,7 @@ def progress(items, describe):
 # ------------------------------------------------------------ checkpoints (also for train.py)
 
 def find_checkpoint(path, names=("best.pt", "last.pt")):
-    """The path of a checkpoint; in the folder of a run, the first of `names` that is there.
-    Raises FileNotFoundError."""
+    """The path of a checkpoint; in the folder of a run, the first of `names`. FileNotFoundError."""
     path = Path(path)
     for file in path, *[path / name for name in names]:
         if file.is_file():
@@ -249,10 +248,11 @@ def class_table(result):
 
 def comparison(names, results):
     """One column of scores for each checkpoint, as text."""
+    width, lines = 2 + max(5, *map(len, names)), []
+
     def add_line(title, texts):
         lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
 
-    width, lines = 2 + max(5, *map(len, names)), []
     add_line("", names)
     for name in NAMES:
         add_line(f"IoU {name}", [format_score(r["classes"][name]["iou"]) for r in results])
@@ -436,6 +436,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     settings = ckpt["settings"]
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
           f"copyblob {settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
+    if (out / "metrics.json").exists():
+        print(f"NOTE: replaces the earlier results in {out}")
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
@@ -457,7 +459,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
             title = "/".join(ckpt["path"].resolve().parts[-2:])         # folder and file
             row = panel(image, label, prediction, f"prediction of {title}")
             picture_grid([row]).save(out / f"panel_{index}_{dataset.names[index]}.png")
-            if len(rows) < 2:                       # all of them would fill the memory
+            if len(rows) < 2:                       # all of them would need much memory
                 rows.append(row)
     result = {"checkpoint": str(ckpt["path"]), "epoch": ckpt["epoch"], "settings": settings}
     result["val_miou"] = ckpt["miou"]               # as train.py measured it

@@ -18,8 +18,7 @@ IGNORE = 255                                        # as in data.py
 
 def _pixel_mean(loss, target, weights):
     """Weighted mean of a loss N x H x W over the labeled pixels: sum w l / sum w.
-    This divides by the weights, as F.cross_entropy(weight=...) does, but returns 0 if no pixel is
-    labeled."""
+    As F.cross_entropy(weight=...), but 0 if no pixel is labeled."""
     table = torch.zeros(256, device=loss.device)    # weight by label; 255 keeps weight 0
     table[:len(weights)] = weights
     w = table[target]
@@ -50,8 +49,7 @@ def dice(logits, target, weights):
     i runs over the labeled pixels of the batch, c over the classes of those pixels. A class that is
     absent from the batch is skipped: its D_c would be 0 for any prediction. t is the one-hot
     truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
-    Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared as in Sudre et al.
-    2017, arXiv 1707.03237."""
+    Milletari et al. 2016, arXiv 1606.04797, eq. 3; p and t as in Sudre et al. 2017, 1707.03237."""
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
     p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)
@@ -65,9 +63,9 @@ def dice(logits, target, weights):
 
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
-    In Dice, a rare class counts as much as a frequent one. But its gradient by the logit of the
-    true class contains the factor p (from softmax), so that it is near 0 where p is near 0. The
-    gradient of cross-entropy, p - 1, is largest in size there."""
+    In Dice, a rare class counts as much as a frequent one. But its gradient with respect to
+    the logit of the true class contains the factor p (from softmax), so that it is near 0 where p
+    is near 0. The gradient of cross-entropy, p - 1, is largest in size there."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)
 
 

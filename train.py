@@ -77,7 +77,7 @@ def parse_args(argv=None):
     add("--epochs", type=count, help="(default: 200; for scenes 10)")
     add("--batch", type=count, help="frames, all GPUs together (default: 8; convunext 4; scenes 2)")
     add("--crop", type=number_in(64, 10**4, int), nargs=2, metavar=("H", "W"),
-        help="height and width of training crops (default: 512 1024, at most the frame)")
+        help="height and width of training crops (default: 512 1024, or a smaller frame's)")
     add("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
         help="range of the random zoom (default: 0.5 2; for scenes 0.8 1.25)")
     add("--optimizer", choices=OPTIMIZER_DEFAULTS, help="(default: sgd; for Conv(U)NeXt adamw)")
@@ -90,7 +90,7 @@ def parse_args(argv=None):
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
-    add("--workers", type=number_in(0, 1000, int), help="processes (default: up to 8 per GPU)")
+    add("--workers", type=number_in(0, 1000, int), help="(default: up to 8 per GPU; on a CPU 0)")
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
@@ -182,8 +182,7 @@ def build_data(args, device):
 
 def build_network(args, device, last):
     """Build the network -> (model, network): what is saved, and what a step calls.
-    The weights are random, those of ImageNet (--pretrained), of a checkpoint (--init), or of
-    `last`, the last.pt of a run that continues.
+    Its weights are random, of ImageNet (--pretrained), of a checkpoint (--init), or of a last.pt.
     Under torchrun, each process has a copy of the network and its own frames. The wrapper
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
     ranks in backward(), so that all ranks take the same step. Each rank computes the loss of its
@@ -225,8 +224,8 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Start momentum at 0. Otherwise, if GradScaler (float16, see `main`) leaves out the first step,
-    # fused SGD would use uninitialized buffers in the second one (PyTorch 2.13).
+    # Momentum starts at 0, so the first step is unchanged (0.9 x 0 + gradient). Otherwise, if
+    # GradScaler (float16, see `main`) skipped it, fused SGD would use uninitialized buffers (2.13).
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -234,8 +233,7 @@ def build_optimizer(model, args):
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
     """The learning rate of a step: --lr x factor x linear warmup x polynomial decay (power 0.9).
-    factor: 1, or --encoder-lr for an encoder that is trained already. The warmup is one epoch, at
-    most 500 steps."""
+    factor: 1, or --encoder-lr for a trained encoder. Warmup: one epoch, at most 500 steps."""
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = min(500, steps_per_epoch)
     warmup = min(1.0, (step + 1) / warmup_steps)
@@ -271,9 +269,9 @@ def validate(model, val_set, device, dtype, workers, stop):
 
 
 def check_finite(scaler, tensors):
-    """Raise FloatingPointError if a tensor (the sum of the losses, weights) is not finite.
-    Also if float16 gradients always overflow: GradScaler then leaves out every step, and halves its
-    scale each time, from 65536 to below 1."""
+    """Raise FloatingPointError if a tensor (the sum of the losses, weights) is not finite, or if
+    float16 gradients always overflow: GradScaler then skips every step, and halves its scale each
+    time, from 65536 to below 1."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
                                  "--amp off; last.pt, if there is one, holds an earlier step")
@@ -287,12 +285,14 @@ def check_finite(scaler, tensors):
 RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
 
 
-def write(data, path):
-    """Replace a file atomically: after a crash or on a full disk, the old one is still there."""
-    part = Path(f"{path}.part")
+def write(path, save_to):
+    """Replace a file atomically: after a crash or on a full disk, the old one is still there.
+    save_to: a function that writes the contents into a binary file"""
+    buffer, part = io.BytesIO(), Path(f"{path}.part")
+    save_to(buffer)
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -314,9 +314,7 @@ def save(path, args, run, model, parts):
     if path.name == "last.pt":
         for name, part in parts.items():
             checkpoint[name] = part.state_dict()
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    write(buffer.getbuffer(), path)
+    write(path, lambda file: torch.save(checkpoint, file))
 
 
 def prepare_out(out, args, train_set):
@@ -325,16 +323,17 @@ def prepare_out(out, args, train_set):
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
     rows = []                                       # frame 0 with the first class, 1 with the next
-    for index, (train_id, frames) in enumerate(train_set.donors.items()):
+    pasted_classes = sorted({train_id for _, train_id in train_set.donors})
+    for index, train_id in enumerate(pasted_classes):
         image, label = train_set.read(index % len(train_set))
-        largest = train_set.pixels[frames, train_id].argmax()
-        donor_image, donor_label = train_set.read(frames[largest])
+        largest = train_set.pixels[:, train_id].argmax()
+        donor_image, donor_label = train_set.read(largest)
         pasted, new_label = copy_blob(image, label, donor_image, donor_label, train_id)
         rows.append([("before", np.asarray(image)),
                      (f"CopyBlob of a {CLASSES[train_id].name}", np.asarray(pasted)),
                      ("new label", PALETTE[np.asarray(new_label)])])
     if rows:
-        picture_grid(rows).save(out / "copyblob.png")
+        write(out / "copyblob.png", lambda file: picture_grid(rows).save(file, "PNG"))
 
 
 def move_earlier_run():
@@ -364,8 +363,8 @@ def write_log(log, out):
     writer = csv.DictWriter(text, log[0])
     writer.writeheader()
     writer.writerows(log)
-    write(text.getvalue().encode(), out / "log.csv")
-    curves_picture(log).save(out / "curves.png")
+    write(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+    write(out / "curves.png", lambda file: curves_picture(log).save(file, "PNG"))
 
 
 # ---------------------------------------------------------------- several processes, and signals
@@ -422,7 +421,7 @@ def stop_signals():
 
 def end_stopped(stop, out):
     """End the program after a signal, when all is saved. The status is 128 + signal."""
-    say(f"stopped; continue with: train.py --resume {out / 'last.pt'}")
+    say(f"stopped; continue with: python train.py --resume {out / 'last.pt'}")
     leave_group()
     sys.exit(128 + (stop or [signal.SIGTERM])[0])   # another rank may have got the signal
 
@@ -430,8 +429,8 @@ def end_stopped(stop, out):
 # ------------------------------------------------------------------------------- the program
 
 def find_run(args):
-    """The folder of the run, and its last.pt (see `load_checkpoint`) or None for a new run. A bare
-    --resume continues the run in --out, if it has a last.pt. Raises ValueError or OSError."""
+    """The folder of the run, and its last.pt (a dict), or None for a new run. A bare --resume
+    continues the run in --out if there is one. Raises ValueError or OSError."""
     out, resume = args.out or Path(), args.resume
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
@@ -442,9 +441,9 @@ def find_run(args):
         return out, None
     path = find_checkpoint(resume, ["last.pt"])
     if args.out and out.resolve() != path.parent.resolve():
-        raise ValueError(f"--out {args.out} is not the folder of {path}; leave --out out")
+        raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or "optimizer" not in last:       # for example --resume best.pt
+    if path.name != "last.pt" or not {"optimizer", "scaler", "step", "num_frames"} <= last.keys():
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
@@ -463,11 +462,11 @@ def restore(last, run, parts):
     run.loss_sum = run.loss_sum.to(device)
 
 
-def timed(items, waits):
-    """Yield the items, and append to `waits` how many seconds each of them took to come."""
+def timed(items, run):
+    """Yield the items, and add to `run.waited` how many seconds each of them took to come."""
     asked = time.monotonic()
     for item in items:
-        waits.append(time.monotonic() - asked)
+        run.waited += time.monotonic() - asked
         yield item
         asked = time.monotonic()
 
@@ -483,9 +482,9 @@ def format_row(row, epochs):
             f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
 
 
-def finish_epoch(args, run, model, parts, out, scores, times):
-    """Add a row to log.csv, save best.pt if no epoch before was better, and last.pt.
-    scores: a dict of `summarize`; times: more columns of the row"""
+def finish_epoch(args, run, model, parts, out, scores, seconds):
+    """Add a row to log.csv, save best.pt if the mIoU is the best so far, and last.pt.
+    scores: a dict of `summarize`; seconds: of training and validation"""
     run.epoch += 1
     run.miou = scores["miou"]
     steps = run.step // run.epoch                   # of an epoch
@@ -493,10 +492,13 @@ def finish_epoch(args, run, model, parts, out, scores, times):
            "lr": learning_rate(args, run.step - 1, steps)}
     for key in "pixel_accuracy", "miou", "mean_dice":
         row[key] = scores[key]
-    row.update(times, gpu_gib=torch.cuda.max_memory_allocated() / 2**30)    # peak; 0 on a CPU
+    row["images_per_s"] = steps * args.batch / run.seconds
+    row.update(data_wait=run.waited / run.seconds, seconds=seconds,     # a share; in all
+               gpu_gib=torch.cuda.max_memory_allocated() / 2**30)       # peak; 0 on a CPU
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
     run.log.append(row)
+    run.seconds = run.waited = 0.0
     run.loss_sum.zero_()
     if run.miou is not None and run.miou > run.best_miou:
         run.best_miou = run.miou
@@ -525,7 +527,11 @@ def train_step(network, loss_function, optimizer, scaler, images, target, dtype)
 
 
 def main(argv=None):
-    """Run one command line (default: sys.argv) -> the rows of log.csv."""
+    """Run one command line (default: sys.argv) -> the rows of log.csv.
+
+        for each epoch:
+            for each batch: train_step; perhaps save last.pt; stop if a signal came
+            validate; write log.csv, best.pt and last.pt"""
     # Options and device.
     args = parse_args(argv)
     out, last = find_run(args)
@@ -554,7 +560,7 @@ def main(argv=None):
     model, network = build_network(args, device, last)
     optimizer = build_optimizer(model, args)
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
-    # loss, divides the gradients again, and leaves a step out if they overflowed.
+    # loss, divides the gradients again, and skips a step if they overflowed.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"optimizer": optimizer, "scaler": scaler}          # their states are in last.pt
 
@@ -564,6 +570,7 @@ def main(argv=None):
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
+        seconds=0.0, waited=0.0,                    # that they took, and waited for data
         miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
@@ -575,13 +582,13 @@ def main(argv=None):
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
         if not (out / "best.pt").exists():          # only last.pt was copied to here
             run.best_miou = -1.0
-    saved_at = started = time.monotonic()
+    saved_at = time.monotonic()
 
     def step_line(number):
-        """Text for `progress`, `number` steps after `started`. Raises if the loss is not finite."""
+        """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
-        per_step = (time.monotonic() - started) / number
+        per_step = run.seconds / step
         left = timedelta(seconds=round(per_step * (total_steps - run.step)))
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
                 f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
@@ -594,11 +601,10 @@ def main(argv=None):
             batches = batches[run.step - run.epoch * steps_per_epoch:]      # after a resume
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's frames
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
-            waits = []                              # seconds for each batch
-            loader = timed(loader, waits)
+            loader = timed(loader, run)
             if RANK == 0:
                 loader = progress(loader, step_line)
-            started = time.monotonic()
+            started = time.monotonic() - run.seconds
             for images, target in loader:
                 for group in optimizer.param_groups:                    # see build_optimizer
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
@@ -608,6 +614,7 @@ def main(argv=None):
                 run.step += 1
                 run.miou = None
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
+                run.seconds = time.monotonic() - started
                 if run.step == 1 and RANK == 0:     # the run works: its files may be written
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
@@ -619,17 +626,15 @@ def main(argv=None):
                 if must_stop:
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])
-            seconds = max(0.001, time.monotonic() - started)    # a coarse clock may give 0
-            times = {"images_per_s": len(batches) * args.batch / seconds,
-                     "data_wait": sum(waits) / seconds}
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores
+            run.seconds = time.monotonic() - started            # the GPU has finished as well
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)
                 if matrix is None:
                     end_stopped(stop, out)
-            times["seconds"] = time.monotonic() - started
-            finish_epoch(args, run, model, parts, out, summarize(matrix), times)
+            seconds = time.monotonic() - started
+            finish_epoch(args, run, model, parts, out, summarize(matrix), seconds)
             saved_at = time.monotonic()
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}; "

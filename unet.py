@@ -282,8 +282,7 @@ class GatedUp(nn.Module):
         y       = conv(conv1x1([linear2(new_s), z]))                        N x out x H x W
 
     gate, linear1 and linear2 act on each pixel by itself. z (through f) and the skip decide how
-    much of the skip is kept, from 0 to 1. z alone decides what is added to it (g), and where (i).
-    """
+    much of the skip is kept, from 0 to 1. z alone decides what is added to it, and where: g, i."""
 
     def __init__(self, channels, out):
         super().__init__()
@@ -355,8 +354,8 @@ class ConvUNeXt(nn.Module):
 # --------------------------------------------------------------- models by name, with weights
 
 # One row for each model:
-#   build       a function of n, the number of classes -> model. The layer with n rows must be
-#               built last: load_weights in eval.py finds it there.
+#   build       a function of n, the number of classes -> model. The last weight and bias in its
+#               state dict must be those of the n classes: load_weights in eval.py relies on it.
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
 #   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
@@ -386,7 +385,8 @@ MODELS = list(SPECS)
 
 
 def build_model(name, num_classes=19, pretrained=False):
-    """Build a network by its name in MODELS, in training mode, on the CPU.
+    """Build a network by its name in MODELS, in training mode, on the CPU. Random weights are those
+    of PyTorch's layers, not of the publications.
     forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits N x num_classes x H x W, for
     any H and W. With `pretrained`, the encoder has ImageNet weights. Raises ValueError for an
     unknown name, or if no weights are published for it, and OSError if they cannot be loaded."""
@@ -464,4 +464,5 @@ class FastDepthwise(torch.autograd.Function):
             # Columns j ... j + columns - 1 of the kernel see these columns of x:
             x_part = x[..., j:j + columns - 1 + width]
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
-        return grad_x, torch.cat(parts, dim=3), grad.sum((0, 2, 3))
+        grad_weight = torch.cat(parts, dim=3)       # autograd casts all three to float32
+        return grad_x, grad_weight, grad.sum((0, 2, 3))
