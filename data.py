@@ -230,7 +230,7 @@ def place_window(length, crop, zoom, rng):
     Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
         zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500
-    In the last one, the crop has 75 pixels of padding, 500 of the frame, and 25 of padding."""
+    The second crop has 75 pixels of padding, 500 of the frame, and 25 of padding."""
     window = crop / zoom
     # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
     lowest, highest = sorted([0, length - window])
@@ -315,9 +315,8 @@ LEAST_SHARE = 0.005             # of a donor's labeled pixels
 
 
 def find_donors(pixels):
-    """int frames x classes -> list of [frame, train id], each frame that shows enough of a rare
-    class. All are pasted equally often, the rarest class least often. ValueError if there are none.
-    """
+    """int frames x classes -> list of [frame, train id]: the frames that show enough of a rare
+    class. Each is pasted equally often. Raises ValueError if there are none."""
     labeled = np.maximum(1, pixels.sum(axis=1, keepdims=True))          # of each frame
     shown = np.argwhere(pixels / labeled >= LEAST_SHARE).tolist()       # [frame, train id] ...
     donors = [pair for pair in shown if pair[1] in RARE]

@@ -286,8 +286,7 @@ RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
 
 
 def write(path, save_to):
-    """Replace a file atomically: after a crash or on a full disk, the old one is still there.
-    save_to: a function that writes the contents into a binary file"""
+    """Replace a file atomically: if that fails, the old one stays. save_to(file) writes into it."""
     buffer, part = io.BytesIO(), Path(f"{path}.part")
     save_to(buffer)
     try:
@@ -492,9 +491,9 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
            "lr": learning_rate(args, run.step - 1, steps)}
     for key in "pixel_accuracy", "miou", "mean_dice":
         row[key] = scores[key]
-    row["images_per_s"] = steps * args.batch / run.seconds
-    row.update(data_wait=run.waited / run.seconds, seconds=seconds,     # a share; in all
-               gpu_gib=torch.cuda.max_memory_allocated() / 2**30)       # peak; 0 on a CPU
+    gpu_gib = torch.cuda.max_memory_allocated() / 2**30         # peak; 0 on a CPU
+    row.update(images_per_s=steps * args.batch / run.seconds,
+               data_wait=run.waited / run.seconds, seconds=seconds, gpu_gib=gpu_gib)
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
     run.log.append(row)

@@ -385,11 +385,10 @@ MODELS = list(SPECS)
 
 
 def build_model(name, num_classes=19, pretrained=False):
-    """Build a network by its name in MODELS, in training mode, on the CPU. Random weights are those
-    of PyTorch's layers, not of the publications.
-    forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits N x num_classes x H x W, for
-    any H and W. With `pretrained`, the encoder has ImageNet weights. Raises ValueError for an
-    unknown name, or if no weights are published for it, and OSError if they cannot be loaded."""
+    """Build a network by its name in MODELS, in training mode, on the CPU. Random weights are
+    those of PyTorch's layers. forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits
+    N x num_classes x H x W, any H and W. With `pretrained`, the encoder has ImageNet weights.
+    ValueError: unknown name, or no published weights; OSError: they cannot be loaded."""
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     spec = SPECS[name]
