@@ -267,8 +267,7 @@ def predicted_shares(pixels):
     shares = pixels / max(1, pixels.sum())
     text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
     if shares.max() > 0.95:
-        text += ("\nWARNING: nearly all pixels have one class; "
-                 "are these pictures like those of the training?")
+        text += "\nWARNING: nearly all pixels have one class; are they like those of the training?"
     return f"predicted: {text}"
 
 

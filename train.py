@@ -482,8 +482,7 @@ def format_row(row, epochs):
 
 
 def finish_epoch(args, run, model, parts, out, scores, seconds):
-    """Add a row to log.csv, save best.pt if the mIoU is the best so far, and last.pt.
-    scores: a dict of `summarize`; seconds: of training and validation"""
+    """Log the epoch (scores: a dict of `summarize`), save best.pt if best so far, and last.pt."""
     run.epoch += 1
     run.miou = scores["miou"]
     steps = run.step // run.epoch                   # of an epoch
@@ -636,8 +635,7 @@ def main(argv=None):
             finish_epoch(args, run, model, parts, out, summarize(matrix), seconds)
             saved_at = time.monotonic()
     if run.best_miou >= 0:
-        say(f"best validation mIoU {run.best_miou:.3f}; "
-            f"now: python eval.py --ckpt {out / 'best.pt'}")
+        say(f"best validation mIoU {run.best_miou:.3f}; python eval.py --ckpt {out / 'best.pt'}")
     leave_group()
     return run.log
 
