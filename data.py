@@ -318,7 +318,7 @@ def find_donors(pixels):
     """int frames x classes -> list of [frame, train id]: the frames that show enough of a rare
     class. Each is pasted equally often. Raises ValueError if there are none."""
     labeled = np.maximum(1, pixels.sum(axis=1, keepdims=True))          # of each frame
-    shown = np.argwhere(pixels / labeled >= LEAST_SHARE).tolist()       # [frame, train id] ...
+    shown = np.argwhere(pixels / labeled >= LEAST_SHARE).tolist()       # of all classes
     donors = [pair for pair in shown if pair[1] in RARE]
     if not donors:
         names = ", ".join(CLASSES[train_id].name for train_id in RARE)

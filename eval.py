@@ -249,7 +249,6 @@ def class_table(result):
 def comparison(names, results):
     """One column of scores for each checkpoint, as text."""
     width, lines = 2 + max(5, *map(len, names)), []
-
     def add_line(title, texts):
         lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
 
@@ -267,7 +266,7 @@ def predicted_shares(pixels):
     shares = pixels / max(1, pixels.sum())
     text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
     if shares.max() > 0.95:
-        text += "\nWARNING: nearly all pixels have one class; are they like those of the training?"
+        text += "\nWARNING: nearly all pixels have one class; are the pictures as in training?"
     return f"predicted: {text}"
 
 

@@ -49,7 +49,7 @@ def dice(logits, target, weights):
     i runs over the labeled pixels of the batch, c over the classes of those pixels. A class that is
     absent from the batch is skipped: its D_c would be 0 for any prediction. t is the one-hot
     truth, p the softmax. Shapes as in `cross_entropy`; the result lies in [0, 1].
-    Milletari et al. 2016, arXiv 1606.04797, eq. 3; p and t as in Sudre et al. 2017, 1707.03237."""
+    Milletari et al. 2016, arXiv 1606.04797, eq. 3, with p and t unsquared (arXiv 1707.03237)."""
     classes = torch.arange(logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     t = target.unsqueeze(1) == classes                              # N x C x H x W, ignored: all 0
     p = logits.softmax(dim=1).masked_fill((target == IGNORE).unsqueeze(1), 0)

@@ -6,9 +6,8 @@
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
---resume needs; log.csv, one row for each epoch; curves.png, a picture of it; with --copyblob also
-copyblob.png, which shows what is pasted. last.pt is saved after the first step, every 5 minutes,
-after a signal, at the end of each epoch, and before its validation.
+--resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
+copyblob.png. last.pt is saved after step 1, a signal and each epoch, and every 5 minutes.
 
 `main`, at the end of this file, is the whole program. The functions above it are its parts.
 
@@ -442,7 +441,7 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or not {"optimizer", "scaler", "step", "num_frames"} <= last.keys():
+    if path.name != "last.pt" or "optimizer" not in last:       # for example --resume best.pt
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
@@ -490,9 +489,10 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
            "lr": learning_rate(args, run.step - 1, steps)}
     for key in "pixel_accuracy", "miou", "mean_dice":
         row[key] = scores[key]
-    gpu_gib = torch.cuda.max_memory_allocated() / 2**30         # peak; 0 on a CPU
-    row.update(images_per_s=steps * args.batch / run.seconds,
-               data_wait=run.waited / run.seconds, seconds=seconds, gpu_gib=gpu_gib)
+    row["images_per_s"] = steps * args.batch / run.seconds
+    row["data_wait"] = run.waited / run.seconds
+    row["seconds"] = seconds                        # of training and validation
+    row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30          # peak; 0 on a CPU
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
     run.log.append(row)
@@ -516,7 +516,6 @@ def train_step(network, loss_function, optimizer, scaler, images, target, dtype)
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         logits = network(normalize(images))
     loss = loss_function(logits, target)            # in float32
-
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -552,9 +551,9 @@ def main(argv=None):
     start = "ImageNet weights" if args.pretrained else args.init or "random weights"
     if last is not None:
         start = f"step {last['step']} of last.pt"
-    say(f"{args.model} from {start}, {num_frames[0]} training and {num_frames[1]} "
-        f"validation frames of {args.data}, loss {args.loss}, crop {args.crop}, batch "
-        f"{args.batch}, {args.epochs} epochs, {WORLD_SIZE} x {device} {dtype or torch.float32}")
+    say(f"{num_frames[0]} training and {num_frames[1]} validation frames of {args.data}")
+    say(f"{args.model} from {start}, loss {args.loss}, crop {args.crop}, batch {args.batch}, "
+        f"{args.epochs} epochs, {WORLD_SIZE} x {device} {dtype or torch.float32}")
     model, network = build_network(args, device, last)
     optimizer = build_optimizer(model, args)
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
@@ -568,7 +567,8 @@ def main(argv=None):
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
-        seconds=0.0, waited=0.0,                    # that they took, and waited for data
+        seconds=0.0,                                # that these steps took,
+        waited=0.0,                                 # and of these, seconds of waiting for data
         miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
@@ -582,7 +582,7 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(number):
+    def step_line(_):                               # its own count ends at a resume
         """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -602,7 +602,7 @@ def main(argv=None):
             loader = timed(loader, run)
             if RANK == 0:
                 loader = progress(loader, step_line)
-            started = time.monotonic() - run.seconds
+            started = time.monotonic() - run.seconds        # counts time before a resume
             for images, target in loader:
                 for group in optimizer.param_groups:                    # see build_optimizer
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
@@ -635,7 +635,8 @@ def main(argv=None):
             finish_epoch(args, run, model, parts, out, summarize(matrix), seconds)
             saved_at = time.monotonic()
     if run.best_miou >= 0:
-        say(f"best validation mIoU {run.best_miou:.3f}; python eval.py --ckpt {out / 'best.pt'}")
+        say(f"best validation mIoU {run.best_miou:.3f}")
+        say(f"now: python eval.py --ckpt {out / 'best.pt'}")
     leave_group()
     return run.log
 

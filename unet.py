@@ -282,7 +282,7 @@ class GatedUp(nn.Module):
         y       = conv(conv1x1([linear2(new_s), z]))                        N x out x H x W
 
     gate, linear1 and linear2 act on each pixel by itself. z (through f) and the skip decide how
-    much of the skip is kept, from 0 to 1. z alone decides what is added to it, and where: g, i."""
+    much of the skip is kept, from 0 to 1. z alone decides what is added (g), and where (i)."""
 
     def __init__(self, channels, out):
         super().__init__()
