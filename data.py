@@ -227,7 +227,7 @@ def place_window(length, crop, zoom, rng):
     It has crop / zoom pixels. A shorter window lies in the frame; a longer one contains the frame.
     -> start, end: the part of the frame in the window, in pixels of the frame (float)
        crop_start, crop_size: where this goes in the crop, in whole pixels of the crop
-    Examples for a frame of 1000 pixels and a crop of 600, with `offset` where the window begins:
+    Examples for a frame of 1000 pixels and a crop of 600, if the window begins at `offset`:
         zoom 2:    the window has 300 pixels;  offset 450  -> 450, 750, 0, 600
         zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500
     The second crop has 75 pixels of padding, 500 of the frame, and 25 of padding."""
@@ -305,7 +305,7 @@ def jitter(image, rng):
 #     |          / \   |     |    +-o---o-+   |     |    +-o-- / \   |       stay visible
 #     +----------------+     +----------------+     +----------------+
 #
-# The camera is the same in all frames, so a bus nearly always fits where one stands in another.
+# Cityscapes has one camera, so a bus fits where it stood in the donor. It may cover nearer cars.
 # Class weights are counted without what is pasted. With both, rare classes are favored twice.
 
 RARE = [TRAIN_ID[name] for name in ("wall", "fence", "bus", "train") if name in TRAIN_ID]
@@ -315,8 +315,8 @@ LEAST_SHARE = 0.005             # of a donor's labeled pixels
 
 
 def find_donors(pixels):
-    """int frames x classes -> list of [frame, train id]: the frames that show enough of a rare
-    class. Each is pasted equally often. Raises ValueError if there are none."""
+    """int frames x classes -> list of [frame, train id]: each frame that shows enough of a rare
+    class. All pairs are equally likely. Raises ValueError if there are none."""
     labeled = np.maximum(1, pixels.sum(axis=1, keepdims=True))          # of each frame
     shown = np.argwhere(pixels / labeled >= LEAST_SHARE).tolist()       # of all classes
     donors = [pair for pair in shown if pair[1] in RARE]
@@ -359,7 +359,7 @@ def enet_weights(pixels):
 
 
 def median_weights(pixels):
-    """median(f) / f, f: share in the frames that hold the class (Eigen and Fergus, 1411.4734)."""
+    """median(f) / f, f: share in the frames that show the class (Eigen 2014, arXiv 1411.4734)."""
     holds = pixels > 0                              # bool frames x classes
     labeled = holds.T @ pixels.sum(axis=1)          # for each class, in the frames that hold it
     f = pixels.sum(axis=0) / np.maximum(1, labeled)

@@ -7,7 +7,7 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, a signal and each epoch, and every 5 minutes.
+copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, around each validation.
 
 `main`, at the end of this file, is the whole program. The functions above it are its parts.
 
@@ -83,9 +83,9 @@ def parse_args(argv=None):
     add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
         "for scenes 0.025 x batch; adamw 0.001)")
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
-        "weights from ImageNet or --init, not of convunext (default: sgd 0.5, adamw 0.1)")
+        "weights from ImageNet or --init; convunext has none (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
-    add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (default: if known)")
+    add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (scenes: no)")
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
@@ -223,8 +223,8 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Momentum starts at 0, so the first step is unchanged (0.9 x 0 + gradient). Otherwise, if
-    # GradScaler (float16, see `main`) skipped it, fused SGD would use uninitialized buffers (2.13).
+    # Momentum starts at 0: 0.9 x 0 + gradient. PyTorch 2.13 would create it uninitialized in the
+    # first step, and use it so in the second, if GradScaler (float16, see `main`) skips the first.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -316,7 +316,7 @@ def save(path, args, run, model, parts):
 
 
 def prepare_out(out, args, train_set):
-    """Make room for the files of a new run, and draw what CopyBlob does: one frame per class."""
+    """Make room for the files of a new run, and draw CopyBlob: the largest donor of each class."""
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
@@ -528,7 +528,7 @@ def main(argv=None):
 
         for each epoch:
             for each batch: train_step; perhaps save last.pt; stop if a signal came
-            validate; write log.csv, best.pt and last.pt"""
+            save last.pt; validate; write best.pt, log.csv and last.pt"""
     # Options and device.
     args = parse_args(argv)
     out, last = find_run(args)
@@ -582,7 +582,7 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(_):                               # its own count ends at a resume
+    def step_line(_):                               # `progress` counts from 1 after a resume
         """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -596,7 +596,7 @@ def main(argv=None):
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
-            batches = batches[run.step - run.epoch * steps_per_epoch:]      # after a resume
+            batches = batches[run.step - run.epoch * steps_per_epoch:]      # that are not done yet
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's frames
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
             loader = timed(loader, run)
@@ -623,9 +623,9 @@ def main(argv=None):
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(stop, out)
-            check_finite(scaler, [run.loss_sum])
-            run.seconds = time.monotonic() - started            # the GPU has finished as well
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
+            check_finite(scaler, [run.loss_sum])                # waits for the GPU
+            run.seconds = time.monotonic() - started
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores yet
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)

@@ -271,7 +271,7 @@ class ConvUNeXtBlock(nn.Module):
 
 
 class GatedUp(nn.Module):
-    """One decoder step of ConvUNeXt: a gate, like an LSTM's, decides what is kept of the skip.
+    """One decoder step of ConvUNeXt: a gate like an LSTM's (f forget, i input, g candidate).
 
     x, N x C x h x w, and skip s, N x C x H x W -> y, N x out x H x W
     (h = H / 2 and w = W / 2, rounded down)
@@ -385,8 +385,8 @@ MODELS = list(SPECS)
 
 
 def build_model(name, num_classes=19, pretrained=False):
-    """Build a network by its name in MODELS, in training mode, on the CPU. Random weights are
-    those of PyTorch's layers. forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits
+    """Build a network by its name in MODELS, in training mode, on the CPU. Random weights have
+    PyTorch's default initialization. forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits
     N x num_classes x H x W, any H and W. With `pretrained`, the encoder has ImageNet weights.
     ValueError: unknown name, or no published weights; OSError: they cannot be loaded."""
     if name not in SPECS:
@@ -438,7 +438,7 @@ class DepthwiseConv(nn.Conv2d):
 class FastDepthwise(torch.autograd.Function):
     """y = F.conv2d(x, weight, bias, groups=C): N x C x (H + 6) x (W + 6) -> N x C x H x W.
 
-    In each channel, y and the gradient of the loss L (also summed over the images) are
+    In each channel, y and the gradient of the loss L are (the second sum also over the images)
 
         y[r, q]          = bias + sum_ij weight[i, j] x[r + i, q + j]           i, j = 0 ... 6
         dL/dweight[i, j] = sum_rq dL/dy[r, q] x[r + i, q + j]
@@ -463,5 +463,5 @@ class FastDepthwise(torch.autograd.Function):
             # Columns j ... j + columns - 1 of the kernel see these columns of x:
             x_part = x[..., j:j + columns - 1 + width]
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
-        grad_weight = torch.cat(parts, dim=3)       # autograd casts all three to float32
+        grad_weight = torch.cat(parts, dim=3)       # autograd casts it to weight's float32
         return grad_x, grad_weight, grad.sum((0, 2, 3))
