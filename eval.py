@@ -434,8 +434,6 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     settings = ckpt["settings"]
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
           f"copyblob {settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
-    if (out / "metrics.json").exists():
-        print(f"NOTE: replaces the earlier results in {out}")
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
@@ -578,7 +576,7 @@ def parse_args(argv=None):
     add("--data", type=path_option, help="(default: that of the training, of the first checkpoint)")
     add("--split", default="val", help="train, val, test or another folder (default: val)")
     add("--out", type=path_option, default=Path("eval"), help="folder of results (default: eval)")
-    add("--tta", action="store_true", help="average over three scales and flips; 6 times slower")
+    add("--tta", action="store_true", help="average over scales and flips; takes 6 times as long")
     add("--images", type=path_option, help="a photo or a folder of photos, instead of a split")
     add("--labels-out", type=path_option, help="also write predictions as PNGs of label ids")
     add("--panels", type=number_in(1, 10**6, int), default=6, help="frames to draw (default: 6)")
@@ -601,6 +599,9 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     ckpts = [load_model(path, device) for path in args.ckpt]
+    for folder in {args.out, args.labels_out or args.out}:
+        if folder.exists() and any(folder.iterdir()):
+            print(f"NOTE: {folder} is not empty; earlier results there are replaced")
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
     dtype = pick_amp(args.amp or ckpts[0]["settings"].get("amp", "auto"), device)

@@ -246,10 +246,9 @@ def seed_step(seed, step):
 
 
 def validate(model, val_set, device, dtype, workers, stop):
-    """Predict the validation frames -> confusion matrix on the CPU; None if a signal came.
-    Each process predicts every world_size-th frame; the matrices are then added."""
+    """Predict the frames, each rank a part of them -> confusion matrix; None if a signal came."""
     if WORLD_SIZE > 1:
-        # On CPUs, each rank has BatchNorm's averages of its own frames: use those of rank 0.
+        # On CPUs, BatchNorm's averages differ by each rank's last step: use those of rank 0.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -427,13 +426,13 @@ def end_stopped(stop, out):
 # ------------------------------------------------------------------------------- the program
 
 def find_run(args):
-    """The folder of the run, and its last.pt (a dict), or None for a new run. A bare --resume
-    continues the run in --out if there is one. Raises ValueError or OSError."""
+    """The folder of the run, and its last.pt (a dict) or None. Raises ValueError or OSError."""
     out, resume = args.out or Path(), args.resume
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
     if resume is None:                              # a new run
-        if args.out and any((out / name).exists() for name in RUN_FILES):
+        # copyblob.png alone is of a run that ended before its first save.
+        if args.out and any((out / name).exists() for name in RUN_FILES[:-1]):
             raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
                              f"or if it has a last.pt, continue that run with --resume {out}")
         return out, None
