@@ -387,7 +387,7 @@ def test_confusion_matrix_equals_a_count_in_loops():
     target = torch.randint(0, 4, (2, 7, 9), generator=generator)
     target[target == 3] = 255
     prediction = torch.randint(0, 4, (2, 7, 9), generator=generator)
-    expected = torch.zeros(4, 4, dtype=torch.int64)
+    expected = torch.zeros(4, 4).long()
     for t, p in zip(target.flatten().tolist(), prediction.flatten().tolist()):
         if t != 255:
             expected[t, p] += 1
@@ -902,7 +902,7 @@ def assert_same_run(out, whole):
     assert a.keys() == b.keys()
     assert len(b["log"]) == a["epoch"] == 2
     torch.testing.assert_close(b["optimizer"]["state"], a["optimizer"]["state"], rtol=0, atol=0)
-    for key in a.keys() - TIMES - {"optimizer", "log", "settings"}:
+    for key in a.keys() - {"optimizer", "log", "settings"}:
         torch.testing.assert_close(b[key], a[key], rtol=0, atol=0)
     for row, other in zip(a["log"], b["log"]):
         assert all(row[key] == other[key] for key in row.keys() - TIMES)
@@ -1157,8 +1157,8 @@ def test_resume_after_a_signal_in_the_validation_is_exact():
     run("--resume", out)
     assert_same_run(out, whole)
     first, second = load(out)["log"]
-    assert (first["miou"], second["miou"] is None) == (None, False)
-    assert second["seconds"] > 100 and 0 < second["images_per_s"] < 1       # of the whole epoch
+    assert first["miou"] is None and second["miou"] is not None
+    assert second["images_per_s"] < 1                   # of the whole epoch, with those 100 s
 
 
 def test_signals_to_the_process_group():
@@ -1327,7 +1327,7 @@ def test_eval_by_its_own_predictions():
 
 
 def test_tables_and_colors_by_hand():
-    matrix = torch.zeros(19, 19, dtype=torch.int64)
+    matrix = torch.zeros(19, 19).long()
     matrix[:2, :2] = torch.tensor([[6, 2], [1, 3]])     # road and sidewalk
     result = evaluation.summarize(matrix)
     lines = evaluation.class_table(result).split("\n")
@@ -1336,7 +1336,7 @@ def test_tables_and_colors_by_hand():
     assert lines[3].split()[1:3] == ["n/a", "n/a"]
     assert lines[-2].split() == "mean of 2 0.583 0.733".split()
     assert lines[-1].endswith(" 0.750")
-    perfect = evaluation.summarize(torch.eye(19, dtype=torch.int64))
+    perfect = evaluation.summarize(torch.eye(19).long())
     lines = evaluation.comparison(["a", "b"], [result, perfect]).split("\n")
     assert lines[1].split() == ["IoU", "road", "0.667", "1.000"]
     assert lines[-1].split() == ["classes", "in", "means", "2", "19"]
