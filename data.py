@@ -7,8 +7,8 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated and renumbered as train
 ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore (also
-255 itself, in case a file stores the license plate, id -1). A table maps label ids to train ids
-when a file is read, so nothing has to be converted beforehand.
+255 itself: the id of license plates, -1, in 8 bits). A table maps label ids to train ids when a
+file is read, so nothing has to be converted beforehand.
 
 Sizes are height x width; Pillow's own sizes, as in `resize`, are width x height.
 Random numbers come from (seed, epoch, index). A sample therefore does not depend on the number of
@@ -66,12 +66,13 @@ PHOTO_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]          # not EPS: it ru
 
 
 def normalize(images):
-    """uint8 N x 3 x H x W -> float32 on its device, (image - mean) / std, channels_last memory."""
+    """uint8 N x 3 x H x W -> float32 on its device, (image - mean) / std. The memory format is
+    channels_last: the shape stays, the order in memory makes convolutions faster."""
     mean, std = mean_and_std(images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache                    # a GPU would have to wait for a copy in each step
+@functools.cache                    # else the GPU waits in each step until the CPU has sent them
 def mean_and_std(device):
     """MEAN and STD for values in [0, 255], each 1 x 3 x 1 x 1, on a device."""
     return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)]
@@ -386,8 +387,8 @@ def epoch_batches(epoch, num_frames, batch, seed):
 
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
-    workers: None is 0 on a CPU, as the network itself keeps all cores busy; else this process's
-    share of the cores, at most 8. device: the torch.device that the batches are for."""
+    workers: None is this process's share of the cores, at most 8, for a GPU, and 0 for a CPU, as
+    the network itself keeps all cores busy there. device: the torch.device of the network."""
     if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):        # on Linux: those that this process may use
@@ -397,8 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.unregister(kill_workers)             # so that it is registered only once
-        atexit.register(kill_workers)
+        atexit.register(kill_workers)               # in each epoch: to call it twice is harmless
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

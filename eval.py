@@ -312,8 +312,8 @@ def picture_grid(rows):
         for j, (title, pixels) in enumerate(row):
             x, y = j * TILE, i * row_height
             pen.text((x + 4, y + 4), title, "black")
-            smooth = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
-            tile = Image.fromarray(pixels).resize((TILE - 4, tile_height), smooth)
+            method = Image.BILINEAR if pixels.shape[1] > TILE else Image.NEAREST
+            tile = Image.fromarray(pixels).resize((TILE - 4, tile_height), method)
             picture.paste(tile, (x + 2, y + 26))
     picture.paste(colors, (0, len(rows) * row_height))
     return picture

@@ -56,7 +56,7 @@ def dice(logits, target, weights):
     overlap = (p * t).sum((0, 2, 3))
     predicted = p.sum((0, 2, 3))
     truth = t.sum((0, 2, 3))
-    score = 2 * overlap / (predicted + truth).clamp_min(1e-6)
+    score = 2 * overlap / (predicted + truth).clamp_min(1e-6)       # no 0 / 0 for absent classes
     w = weights * (truth > 0)
     return (w * (1 - score)).sum() / w.sum().clamp_min(1e-30)
 

@@ -82,7 +82,6 @@ def scenes():
 
 class Hostile:
     """An object whose pickle makes the folder FOLDER/owned when it is loaded."""
-
     def __reduce__(self):
         return os.mkdir, (str(FOLDER / "owned"),)
 
@@ -238,9 +237,7 @@ def test_depthwise_gradients_equal_those_of_conv2d():
 
 def pretrained(name, file=None, answer=urllib.error.URLError("no network")):
     """build_model with ImageNet weights, where torch.hub's cache is a new folder.
-
-    file: what somebody placed in the cache by hand; answer: the result or error of the download.
-    """
+    file: what somebody placed in the cache by hand; answer: what the download returns or raises."""
     with (tempfile.TemporaryDirectory(dir=FOLDER) as hub,
           mock.patch("torch.hub.get_dir", return_value=hub),
           mock.patch("torch.hub.urlopen", side_effect=[answer]),
@@ -276,7 +273,7 @@ def test_weights_that_cannot_be_loaded_are_one_line():
     assert "layer1.0.conv1.weight" in raises(OSError, pretrained, "resnet18", state)
     raises(OSError, pretrained, "resnet18", {"conv1.weight": Hostile()})
     assert not (FOLDER / "owned").exists()
-    response = mock.MagicMock()
+    response = mock.MagicMock()                         # the downloaded bytes, and their end:
     response.__enter__().read.side_effect = [b"other bytes", b""]
     assert "invalid hash" in raises(OSError, pretrained, "resnet18", None, response)
     assert "--no-pretrained" in raises(ValueError, unet.build_model, "convunext", 19, True)
@@ -712,9 +709,9 @@ def test_jitter_equals_its_formula_and_changes_crops():
 
 # -------------------------------------------------------- data: CopyBlob and weights
 
-def filled(values, names):
-    """A Pillow image of 2 x 4 pixels of one gray value per frame, and its label."""
-    image = Image.new("RGB", (4, 2), (values, values, values))
+def filled(value, names):
+    """A Pillow image of 2 x 4 pixels of one gray value, and its label."""
+    image = Image.new("RGB", (4, 2), (value, value, value))
     ids = [data.TRAIN_ID[name] for name in names.split()]
     return image, Image.fromarray(np.array(ids, np.uint8).reshape(2, 4))
 
@@ -831,7 +828,7 @@ def before_step(number, action):
     def seed_step(seed, step, original=train.seed_step):
         if step == number:
             action()
-        original(seed, step)                        # may be that of another patch around this one
+        original(seed, step)                        # train's own, or that of a patch around this
     return mock.patch("train.seed_step", seed_step)
 
 
@@ -912,15 +909,16 @@ def first_steps(until, *options):
     """A tiny run up to a step -> its network, the batches that it saw, what was printed."""
     network, batches = tiny(""), []
     network.register_forward_pre_hook(lambda network, inputs: batches.append(inputs[0]))
-    def build(*args):                               # the weights follow from --seed
+    def build(*args):                               # after torch.manual_seed: as --seed says
         network.load_state_dict(tiny("").state_dict())
         return network
     printed = run(*new(tempfile.mkdtemp(dir=FOLDER)), *options, build=build, until=until)
     return network, batches, printed
 
 
-def launch(out, *options, pause=0.1, processes=1):
-    """Start a tiny run in a new process group, by torchrun if there are several -> Popen."""
+def launch(out, *options, pause=0.1, torchrun=False):
+    """Start a tiny run in a new process group, with `torchrun` as two processes -> Popen.
+    Reading a frame takes `pause` seconds longer, so that a signal comes during the run."""
     script = FOLDER / f"{out.name}.py"      # each rank writes the items that it reads to a file
     script.write_text(f"""import signal, sys, time, torch
 sys.path.insert(0, {str(HERE)!r})
@@ -937,7 +935,7 @@ train.build_model, data.Cityscapes.__getitem__ = tiny, read
 eval.command_line(train.main)
 """)
     words = [script, *new(out), "--save-minutes", "0", *options]
-    if processes > 1:
+    if torchrun:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
     return subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -963,10 +961,10 @@ def test_learning_rate_formula():
 
 
 def test_the_first_step_after_init():
-    """SGD, Nesterov momentum 0.9: a step is rate x 1.9 x (gradient + decay x weight)."""
+    """It is rate x 1.9 g: Nesterov's g + 0.9 m, m = g at first; g is gradient + decay x weight."""
     start = load(whole_run(), "best.pt")["model"]
     words = "--encoder-lr", "0.1", "--weight-decay", "0.5", "--lr", "0.6", "--seed", "1"
-    network, batches, _ = first_steps(1, "--init", whole_run(), *words)
+    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # with .grad of step 0
     eagerly = functools.partial(torch.compile, backend="eager")     # needs no C compiler
     with mock.patch("torch.compile", side_effect=eagerly) as compiler:
         compiled, _, _ = first_steps(1, "--init", whole_run(), *words, "--compile")
@@ -1075,6 +1073,8 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
 
 
 def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
+    """All fail in the second epoch (steps 2, 3), so last.pt must be that of the first. The weights
+    become infinite in its last step, so that no later loss can tell."""
     def infinite_loss():                            # float16 then leaves the weights as they are
         network.register_forward_hook(lambda network, inputs, output: output * math.inf)
 
@@ -1097,7 +1097,7 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """Once: the step is left out, the scale is halved. Always: the run ends with one line."""
+    """In step 0 only: it is left out, the scale is halved. Always: the run ends with one line."""
     def build(*args):
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * next(factors))
@@ -1107,7 +1107,7 @@ def test_float16_gradients_that_overflow():
     run(*new(once), *options, "--save-minutes", "0", until=1, build=build)
     run("--resume", once, build=build)
     last = load(once)
-    momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the second step alone
+    momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the bias, after step 1 only
     close(torch.eye(19)[0] - last["model"]["bias"], last["log"][1]["lr"] * 1.9 * momentum)
     assert last["scaler"]["scale"] == 65536 / 2
     assert momentum.any()
@@ -1116,7 +1116,9 @@ def test_float16_gradients_that_overflow():
 
 
 def test_resume_after_errors_and_signals_is_exact():
-    """After a signal, the run ends after the step, and one line says how to continue."""
+    """After a signal, the run ends after the step, and one line says how to continue.
+    last.pt holds step 1 (then an error), 2 (SIGTERM), 3 (epoch ended, then an error), 4 (SIGINT),
+    still 4 (an error after step 5), and 6."""
     def interrupt():
         for _ in range(3):                          # repeated signals change nothing
             signal.raise_signal(number)
@@ -1129,7 +1131,7 @@ def test_resume_after_errors_and_signals_is_exact():
         line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
         assert told.endswith(f"{line}status {128 + number}\n")
         assert load(out)["step"] == step + 1
-        run("--resume", out, "--save-minutes", "9", until=step + 2)     # 3: after an epoch
+        run("--resume", out, "--save-minutes", "9", until=step + 2)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # as nohup and a shell's & do
     with before_step(5, interrupt):
         run("--resume", out)
@@ -1184,14 +1186,14 @@ def test_signals_to_the_process_group():
 def test_two_processes():
     """torchrun: frames are shared, SIGINT saves, resume is exact, eval.py agrees."""
     out, whole = FOLDER / "two", FOLDER / "two-whole"
-    undisturbed, process = launch(whole, processes=2), launch(out, processes=2)
+    undisturbed, process = launch(whole, torchrun=True), launch(out, torchrun=True)
     wait_for_save(process, out)
     os.killpg(process.pid, signal.SIGINT)
     told = finish(process)
     assert process.returncode != 0 and load(out)["epoch"] < 2
     line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
     assert told.count(line) == told.count("stopped") == 1, told
-    told = finish(launch(out, "--resume", pause=0, processes=2))
+    told = finish(launch(out, "--resume", pause=0, torchrun=True))
     assert told.count("resnet18 from step") == told.count("epoch 2/2") == 1, told
     finish(undisturbed)
     assert_same_run(out, whole)
@@ -1243,23 +1245,20 @@ def test_on_a_gpu():
 
 # Wrong options => what the line on standard error must contain; without =>, the first option.
 WRONG_FOR_TRAIN = """\
---data {folder} => leftImg8bit_trainvaltest.zip
---data {folder}/no-train => gtFine/train; --data {folder}/no-val => gtFine/val
+--data {folder} => leftImg8bit_trainvaltest.zip; --resume {good}/typo.pt => has best.pt, last.pt
+--data {folder}/no-train => gtFine/train; --data {folder}/no-val => gtFine/val; --resume ''
 --out {good} => --resume {good}; --model convunext --pretrained => --no-pretrained
---model resnet34 --init {good} => of resnet18 with 19 classes
---resume {good}/typo.pt => has best.pt, last.pt
+--model resnet34 --init {good} => of resnet18 with 19 classes; --out ''
 --resume {good}/best.pt => resume from the last.pt; --resume {files}/copy.pt => resume from the last
 --data ~nosuchuser/x; --epochs 0; --epoch 2; --batch -1; --batch 7; --lr nan; --lr 0; --crop 32 32
 --copyblob 1.5; --workers -1; --workers 1001; --seed x; --scale 0 1; --scale 2 1; --loss mse
---model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''
---resume ''; --out ''"""
+--model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''"""
 WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
 --ckpt {files}/nan.pt --out {out} => not finite
 --ckpt {good} {good} --labels-out {out} => --labels-out
---ckpt {good} --images {folder}/none => {folder}/none
+--ckpt {good} --images {folder}/none => {folder}/none; --ckpt {good} --out {good} => holds a run
 --ckpt {good} --images {photos} --out {photos} => holds the photos
---ckpt {good} --out {good} => holds a run
 --ckpt {good} --split validation => splits there: train, val
 --ckpt ''; --data '' --ckpt x; --images '' --ckpt x; --out '' --ckpt x"""
 
@@ -1346,16 +1345,17 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """One pass is sure of class 0, three prefer class 1, two class 2; all on the left half."""
+    """One pass is sure of class 0, three prefer class 1, two class 2; all on the left half.
+    Sums of classes 0 and 1: of the probabilities 1.1 and 1.6, but of the logits 20 and 9."""
+    seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
         left = torch.linspace(1, 0, x.shape[3]) > 0.5
         if len(seen) % 2 == 1:                      # every second pass is flipped
             left = left.flip(0)
         class_id, logit = [(0, 20), (1, 3), (1, 3), (1, 3), (2, 3), (2, 3)][len(seen)]
-        seen.append(x)                              # the sum of the logits would give class 0
+        seen.append(x)
         logits = logit * torch.eye(19)[class_id, :, None, None] * left
         return logits.expand(1, 19, *x.shape[2:])
-    seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     prediction = evaluation.predict(model, images, tta=True)
     assert (prediction[..., :28] == 1).all()
     assert (prediction[..., 36:] == 0).all()

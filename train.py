@@ -42,8 +42,13 @@ from eval import (PALETTE, OptionParser, command_line, curves_picture, find_chec
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
-RANK = int(os.environ.get("RANK") or 0)                 # torchrun numbers the processes that it
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)     # starts: 0 ... WORLD_SIZE - 1
+# torchrun starts WORLD_SIZE processes, each with a RANK from 0; without it, there is one, rank 0.
+# All ranks must call the operations of torch.distributed together, as each waits for the others:
+#     all_reduce      the sum or maximum over all ranks, in place
+#     broadcast       a copy of rank 0's value
+#     barrier         wait until all ranks are here
+RANK = int(os.environ.get("RANK") or 0)
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 # ------------------------------------------------------------------------------------ options
 
@@ -163,7 +168,7 @@ def build_data(args, device):
 
     for dataset, split in (train_set, "train"), (val_set, "val"):
         report_unused(dataset.unused, say)
-        sample = dataset.labels[::1 + len(dataset) // 100]
+        sample = dataset.labels[::1 + len(dataset) // 100]          # at most 100
         found = count_classes(sample).sum(axis=0)   # pixels of each class
         missing = [c.name for c, pixels in zip(CLASSES, found) if pixels == 0]
         if len(missing) == len(CLASSES):
@@ -186,7 +191,8 @@ def build_network(args, device, last):
     DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
     ranks in backward(), so that all ranks take the same step. Each rank computes the loss of its
     own frames, so the result differs a little from that of one process with the whole batch. On
-    GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs."""
+    GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs.
+    Both share their weights. Validation calls `model`: ranks need not have equally many frames."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -219,12 +225,12 @@ def build_optimizer(model, args):
         groups.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
               for (factor, decay), parameters in groups.items()]
-    fused = next(model.parameters()).device.type != "mps"
+    fused = next(model.parameters()).device.type != "mps"       # faster; not tested on MPS
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Momentum starts at 0: 0.9 x 0 + gradient. PyTorch 2.13 would create it uninitialized in the
-    # first step, and use it so in the second, if GradScaler (float16, see `main`) skips the first.
+    # Momentum starts at 0. This avoids an error of PyTorch 2.13: if GradScaler (float16, in `main`)
+    # skips the first step, that step leaves an uninitialized momentum, which the second one uses.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -248,7 +254,7 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part of them -> confusion matrix; None if a signal came."""
     if WORLD_SIZE > 1:
-        # On CPUs, BatchNorm's averages differ by each rank's last step: use those of rank 0.
+        # DistributedDataParallel copied rank 0's BatchNorm averages before the last step. Again:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -286,7 +292,7 @@ RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
 def write(path, save_to):
     """Replace a file atomically: if that fails, the old one stays. save_to(file) writes into it."""
     buffer, part = io.BytesIO(), Path(f"{path}.part")
-    save_to(buffer)
+    save_to(buffer)         # in memory: each library reports a full disk with another exception
     try:
         with open(part, "wb") as file:
             file.write(buffer.getbuffer())
@@ -365,12 +371,6 @@ def write_log(log, out):
 
 
 # ---------------------------------------------------------------- several processes, and signals
-
-# All ranks must call the operations of torch.distributed together:
-#     all_reduce      the sum or maximum over all ranks, in place
-#     broadcast       a copy of rank 0's value
-#     barrier         wait until all ranks are here
-
 
 def say(text):
     """Print on rank 0. On a terminal, the line replaces one of `progress`."""
@@ -603,7 +603,7 @@ def main(argv=None):
                 loader = progress(loader, step_line)
             started = time.monotonic() - run.seconds        # counts time before a resume
             for images, target in loader:
-                for group in optimizer.param_groups:                    # see build_optimizer
+                for group in optimizer.param_groups:                    # the schedule
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
                 seed_step(args.seed, run.step)
                 loss = train_step(network, loss_function, optimizer, scaler, images, target, dtype)
@@ -624,7 +624,7 @@ def main(argv=None):
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores yet
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)

@@ -276,10 +276,10 @@ class GatedUp(nn.Module):
     x, N x C x h x w, and skip s, N x C x H x W -> y, N x out x H x W
     (h = H / 2 and w = W / 2, rounded down)
 
-        z       = upsample(norm(x))                                         N x C x H x W
-        f, i, g = gate(z)                                                   N x C x H x W each
-        new_s   = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)        N x C x H x W
-        y       = conv(conv1x1([linear2(new_s), z]))                        N x out x H x W
+        z       = upsample(norm(x))     bilinear, align_corners, as published   N x C x H x W
+        f, i, g = gate(z)                                                       N x C x H x W each
+        new_s   = sigmoid(linear1(s + f)) * s + sigmoid(i) * tanh(g)            N x C x H x W
+        y       = conv(conv1x1([linear2(new_s), z]))                            N x out x H x W
 
     gate, linear1 and linear2 act on each pixel by itself. z (through f) and the skip decide how
     much of the skip is kept, from 0 to 1. z alone decides what is added (g), and where (i)."""
@@ -386,9 +386,9 @@ MODELS = list(SPECS)
 
 def build_model(name, num_classes=19, pretrained=False):
     """Build a network by its name in MODELS, in training mode, on the CPU. Random weights have
-    PyTorch's default initialization. forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits
-    N x num_classes x H x W, any H and W. With `pretrained`, the encoder has ImageNet weights.
-    ValueError: unknown name, or no published weights; OSError: they cannot be loaded."""
+    PyTorch's default initialization. With `pretrained`, the encoder has ImageNet weights.
+    forward: float N x 3 x H x W, ImageNet-normalized -> float32 logits N x num_classes x H x W, for
+    any H and W. ValueError: unknown name, no published weights; OSError: they cannot be loaded."""
     if name not in SPECS:
         raise ValueError(f"unknown model {name!r}; choose from {', '.join(MODELS)}")
     spec = SPECS[name]
