@@ -93,8 +93,7 @@ def predict(model, images, dtype=None, tta=False):
     else:
         scores = logits(x)
     if not scores.isfinite().all():
-        raise FloatingPointError("the output of the network is not finite; try --amp off (float32) "
-                                 "or --amp bf16")
+        raise FloatingPointError("the network's output is not finite; try --amp off or bf16")
     return scores.argmax(dim=1).byte()
 
 
@@ -276,7 +275,6 @@ PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is 
 PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
 ERROR_COLOR = (0, 255, 255)                         # no class of Cityscapes has it
 TILE = 480                                          # width of a picture in a sheet, in pixels
-CURVE_COLOR = "#1f77b4"                             # blue
 
 
 def sheet(width, height):
@@ -373,9 +371,9 @@ def curves_picture(log):
         for epoch in sorted({0, round(last / 2), last}):
             pen.text(at(epoch, 0), str(epoch), "black", anchor="ma")
         points = [at(row["epoch"], row[key]) for row in rows]
-        pen.line(points, CURVE_COLOR, 2)
+        pen.line(points, "steelblue", 2)
         for x, y in points:
-            pen.ellipse((x - 2, y - 2, x + 2, y + 2), CURVE_COLOR)
+            pen.ellipse((x - 2, y - 2, x + 2, y + 2), "steelblue")
     return picture
 
 
@@ -563,6 +561,8 @@ def command_line(main):
             raise
         message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
         message = re.sub(r"^\w+Error: ", "", message)
+        if sys.stdout.isatty():
+            print("\r\033[K", end="", flush=True)   # instead of the last line of `progress`
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
