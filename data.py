@@ -72,7 +72,7 @@ def normalize(images):
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-@functools.cache                    # else the GPU waits in each step until the CPU has sent them
+@functools.cache                    # sends them to a GPU once, not in each step
 def mean_and_std(device):
     """MEAN and STD for values in [0, 255], each 1 x 3 x 1 x 1, on a device."""
     return [255 * torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (MEAN, STD)]
@@ -202,7 +202,7 @@ class Cityscapes(torch.utils.data.Dataset):
         if self.crop is not None:
             rng = np.random.default_rng((self.seed, epoch, index))
             if self.donors and rng.random() < self.copyblob:
-                donor, train_id = rng.choice(self.donors).tolist()      # see find_donors
+                donor, train_id = self.donors[rng.integers(len(self.donors))]
                 donor_image, donor_label = self.read(donor)
                 image, label = copy_blob(image, label, donor_image, donor_label, train_id)
             image, label = augment(image, label, self.crop, rng, self.scale)
@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)               # in each epoch: to call it twice is harmless
+        atexit.register(kill_workers)               # again in each epoch, which is harmless
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

@@ -35,7 +35,7 @@ NAMES = [c.name for c in CLASSES]
 
 def pick_device(name="auto"):
     """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
-    under torchrun is the GPU of LOCAL_RANK. Raises ValueError if the device cannot be used."""
+    under torchrun is GPU LOCAL_RANK, the number of this process on its machine. ValueError."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -45,7 +45,7 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         if device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(device)           # first, or GPU 0 is opened as well
+            torch.cuda.set_device(device)           # else PyTorch also takes memory on GPU 0
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
@@ -431,7 +431,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     -> the dict of metrics.json, and the panels of the first two frames that are drawn"""
     settings = ckpt["settings"]
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
-          f"copyblob {settings.get('copyblob', 0):g}, epoch {ckpt['epoch']}")
+          f"copyblob {settings['copyblob']:g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
@@ -604,7 +604,7 @@ def main(argv=None):
             print(f"NOTE: {folder} is not empty; earlier results there are replaced")
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
-    dtype = pick_amp(args.amp or ckpts[0]["settings"].get("amp", "auto"), device)
+    dtype = pick_amp(args.amp or ckpts[0]["settings"]["amp"], device)
     if args.images:
         predict_photos(ckpts[0], device, dtype, args)
         return []

@@ -44,6 +44,8 @@ import unet
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(tempfile.mkdtemp(prefix="unet-test-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
+torch.set_num_threads(1)                # fastest for small networks; a resumed run is exact only
+os.environ["OMP_NUM_THREADS"] = "1"     # with the same number; this one is for started processes
 
 # ---------------------------------------------------------------------------- helpers
 
@@ -240,7 +242,7 @@ def pretrained(name, file=None, answer=urllib.error.URLError("no network")):
     file: what somebody placed in the cache by hand; answer: what the download returns or raises."""
     with (tempfile.TemporaryDirectory(dir=FOLDER) as hub,
           mock.patch("torch.hub.get_dir", return_value=hub),
-          mock.patch("torch.hub.urlopen", side_effect=[answer]),
+          mock.patch("torch.hub.urlopen", side_effect=[answer]),    # raised if an exception
           contextlib.redirect_stderr(io.StringIO())):               # torch.hub's progress bar
         path = Path(hub, "checkpoints", unet.SPECS[name].url.split("/")[-1])
         path.parent.mkdir()
@@ -273,7 +275,7 @@ def test_weights_that_cannot_be_loaded_are_one_line():
     assert "layer1.0.conv1.weight" in raises(OSError, pretrained, "resnet18", state)
     raises(OSError, pretrained, "resnet18", {"conv1.weight": Hostile()})
     assert not (FOLDER / "owned").exists()
-    response = mock.MagicMock()                         # the downloaded bytes, and their end:
+    response = mock.MagicMock()         # torch.hub: with urlopen(url) as u: u.read() until b""
     response.__enter__().read.side_effect = [b"other bytes", b""]
     assert "invalid hash" in raises(OSError, pretrained, "resnet18", None, response)
     assert "--no-pretrained" in raises(ValueError, unet.build_model, "convunext", 19, True)
@@ -528,7 +530,7 @@ def test_pictures_of_any_mode_are_read_upright():
     modes = "L", "RGB", "RGBA", "LA", "P", "CMYK"
     pictures = [Image.fromarray(ramp).convert(mode) for mode in modes]
     for picture in pictures:
-        path = FOLDER / f"mode-{picture.mode.replace(';', '')}.tif"
+        path = FOLDER / f"mode-{picture.mode}.tif"
         picture.save(path)
         result = data.read_image(path)
         assert result.mode == "RGB", path
@@ -794,8 +796,6 @@ def test_scenes_are_complete_or_not_there_and_replace_nothing():
 
 # ------------------------------------------------------------------- train and eval
 
-torch.set_num_threads(1)                # fastest for small networks; a resumed run is exact only
-os.environ["OMP_NUM_THREADS"] = "1"     # with the same number; this one is for started processes
 SMALL = "--model resnet18 --loss ce+dice --crop 64 64 --batch 2 --epochs 2 --amp off --device cpu"
 TIMES = {"images_per_s", "data_wait", "seconds"}        # what may differ between equal runs
 
@@ -833,7 +833,7 @@ def before_step(number, action):
 
 
 def new(out):
-    """The options of a new run on 6 training frames, 3 steps an epoch."""
+    """The options of a new run on 6 training frames, 3 steps an epoch. Later ones replace them."""
     return "--data", scenes(), "--out", out, *SMALL.split()
 
 
@@ -907,13 +907,13 @@ def assert_same_run(out, whole):
 
 def first_steps(until, *options):
     """A tiny run up to a step -> its network, the batches that it saw, what was printed."""
-    network, batches = tiny(""), []
-    network.register_forward_pre_hook(lambda network, inputs: batches.append(inputs[0]))
-    def build(*args):                               # after torch.manual_seed: as --seed says
-        network.load_state_dict(tiny("").state_dict())
-        return network
+    networks, batches = [], []
+    def build(*args):
+        networks.append(tiny(""))
+        networks[0].register_forward_pre_hook(lambda network, inputs: batches.append(inputs[0]))
+        return networks[0]
     printed = run(*new(tempfile.mkdtemp(dir=FOLDER)), *options, build=build, until=until)
-    return network, batches, printed
+    return networks[0], batches, printed
 
 
 def launch(out, *options, pause=0.1, torchrun=False):
@@ -964,7 +964,7 @@ def test_the_first_step_after_init():
     """It is rate x 1.9 g: Nesterov's g + 0.9 m, m = g at first; g is gradient + decay x weight."""
     start = load(whole_run(), "best.pt")["model"]
     words = "--encoder-lr", "0.1", "--weight-decay", "0.5", "--lr", "0.6", "--seed", "1"
-    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # with .grad of step 0
+    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # .grad is of step 0
     eagerly = functools.partial(torch.compile, backend="eager")     # needs no C compiler
     with mock.patch("torch.compile", side_effect=eagerly) as compiler:
         compiled, _, _ = first_steps(1, "--init", whole_run(), *words, "--compile")
@@ -1073,18 +1073,17 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
 
 
 def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
-    """All fail in the second epoch (steps 2, 3), so last.pt must be that of the first. The weights
-    become infinite in its last step, so that no later loss can tell."""
+    """All happen in the second epoch, steps 2 and 3, so that last.pt stays that of the first."""
     def infinite_loss():                            # float16 then leaves the weights as they are
         network.register_forward_hook(lambda network, inputs, output: output * math.inf)
 
-    def infinite_weights():                         # from the gradients; the loss is still finite
+    def infinite_weights():                         # in the last step: no later loss shows them
         network.bias.register_hook(lambda gradient: gradient * math.inf)
-    disk = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
+    full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
     tree = striped_tree("four", [[7] * 4] * 4)      # two steps an epoch
     for step, action, amp, part in ((2, infinite_loss, "fp16", "the loss or the weights are not"),
                                     (3, infinite_weights, "off", "the loss or the weights are not"),
-                                    (2, disk.start, "off", "last.pt: cannot be written (No space")):
+                                    (2, full.start, "off", "last.pt: cannot be written (No space")):
         network, out = constant(), Path(tempfile.mkdtemp(dir=FOLDER))
         with before_step(step, action):
             words = *new(out), "--data", tree, "--amp", amp
@@ -1097,7 +1096,8 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """In step 0 only: it is left out, the scale is halved. Always: the run ends with one line."""
+    """Only in step 0, an epoch: it is left out, and the halved scale is kept in a resume. Step 1 is
+    rate x 1.9 x its gradient, the momentum. Always: the run ends with one line."""
     def build(*args):
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * next(factors))
@@ -1107,7 +1107,7 @@ def test_float16_gradients_that_overflow():
     run(*new(once), *options, "--save-minutes", "0", until=1, build=build)
     run("--resume", once, build=build)
     last = load(once)
-    momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the bias, after step 1 only
+    momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the bias
     close(torch.eye(19)[0] - last["model"]["bias"], last["log"][1]["lr"] * 1.9 * momentum)
     assert last["scaler"]["scale"] == 65536 / 2
     assert momentum.any()
@@ -1116,27 +1116,26 @@ def test_float16_gradients_that_overflow():
 
 
 def test_resume_after_errors_and_signals_is_exact():
-    """After a signal, the run ends after the step, and one line says how to continue.
-    last.pt holds step 1 (then an error), 2 (SIGTERM), 3 (epoch ended, then an error), 4 (SIGINT),
-    still 4 (an error after step 5), and 6."""
+    """After a signal, the run ends after the step, and one line says how to continue."""
     def interrupt():
         for _ in range(3):                          # repeated signals change nothing
             signal.raise_signal(number)
-    out = FOLDER / "signals"
-    run(*new(out), "--save-minutes", "0", until=1)
-    for step, number in (1, signal.SIGTERM), (3, signal.SIGINT):
-        assert load(out)["step"] == step
-        with before_step(step, interrupt):
-            told = run("--resume", out, "--workers", "2")
+    for number in signal.SIGTERM, signal.SIGINT:
+        out = FOLDER / f"signal-{number}"
+        with before_step(1, interrupt):             # in the second step
+            told = run(*new(out), "--workers", "2")
         line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
         assert told.endswith(f"{line}status {128 + number}\n")
-        assert load(out)["step"] == step + 1
-        run("--resume", out, "--save-minutes", "9", until=step + 2)
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # as nohup and a shell's & do
-    with before_step(5, interrupt):
+        assert load(out)["step"] == 2
+        run("--resume", out, until=5)               # an error; the epoch was saved after 3 steps
+        assert load(out)["step"] == 3
         run("--resume", out)
-    signal.signal(signal.SIGINT, before)
-    assert_same_run(out, whole_run())
+        assert_same_run(out, whole_run())
+    before = signal.signal(number, signal.SIG_IGN)  # as nohup and a shell's & do
+    with before_step(5, interrupt):
+        run(*new(FOLDER / "ignored"))
+    signal.signal(number, before)
+    assert_same_run(FOLDER / "ignored", whole_run())
 
 
 def test_resume_after_a_signal_in_the_validation_is_exact():

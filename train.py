@@ -58,7 +58,6 @@ DEFAULTS = {            # for real frames
     "compile": False, "save_minutes": 5.0}
 SCENES_DEFAULTS = {     # for generated scenes: a small network, and many steps from random weights
     "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "batch": 2, "pretrained": False}
-# `encoder_lr` is a factor on the rate of an encoder that starts from ImageNet weights or --init.
 OPTIMIZER_DEFAULTS = {
     "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
     "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001}}
@@ -69,8 +68,8 @@ MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "sa
 
 def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
-    a line here and in DEFAULTS; it is then saved and resumed by itself. Raises ValueError."""
-    parser = OptionParser(__doc__.split("`main`")[0])
+    a line here, without a default, and in DEFAULTS. Raises ValueError."""
+    parser = OptionParser(__doc__.split("`main`")[0])           # what comes before is for --help
     add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
     add("--data", type=path_option, help="data folder (default: $CITYSCAPES_DATASET, else scenes)")
     add("--model", choices=MODELS, help="(default: that of --init, or resnet34; scenes resnet18)")
@@ -185,14 +184,14 @@ def build_data(args, device):
 
 
 def build_network(args, device, last):
-    """Build the network -> (model, network): what is saved, and what a step calls.
+    """Build the network -> (model, network): what is saved and validated, what a step calls.
     Its weights are random, of ImageNet (--pretrained), of a checkpoint (--init), or of a last.pt.
-    Under torchrun, each process has a copy of the network and its own frames. The wrapper
-    DistributedDataParallel copies the weights of rank 0 to all. It averages the gradients over the
-    ranks in backward(), so that all ranks take the same step. Each rank computes the loss of its
-    own frames, so the result differs a little from that of one process with the whole batch. On
-    GPUs, SyncBatchNorm normalizes over the frames of all of them. PyTorch has none for CPUs.
-    Both share their weights. Validation calls `model`: ranks need not have equally many frames."""
+    `network` is `model` or a wrapper around it, with the same weights and mode (train, eval).
+    Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
+    weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
+    same step. As each rank computes the loss of its own frames, the result differs a little from
+    that of one process with the whole batch. SyncBatchNorm normalizes over the frames of all GPUs;
+    CPUs have none. In a validation, the wrapper would wait for a rank that has a frame less."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -229,8 +228,8 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Momentum starts at 0. This avoids an error of PyTorch 2.13: if GradScaler (float16, in `main`)
-    # skips the first step, that step leaves an uninitialized momentum, which the second one uses.
+    # Momentum starts at 0, as always (0.9 x 0 + gradient). PyTorch 2.13 has an error: if GradScaler
+    # (float16, in `main`) skips the first step, the second one uses an uninitialized momentum.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -252,9 +251,10 @@ def seed_step(seed, step):
 
 
 def validate(model, val_set, device, dtype, workers, stop):
-    """Predict the frames, each rank a part of them -> confusion matrix; None if a signal came."""
+    """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
-        # DistributedDataParallel copied rank 0's BatchNorm averages before the last step. Again:
+        # On CPUs, each rank's BatchNorm averages contain its own frames of the last step. All use
+        # those of rank 0, which are saved; DistributedDataParallel copies them before each step.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -308,7 +308,7 @@ def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; and the values of `run` (see
     `main`; a new one is saved by itself). last.pt also has the states of `parts`, which only
-    --resume needs. Raises FloatingPointError if the weights are not finite."""
+    --resume needs. Raises FloatingPointError on all ranks if the weights are not finite."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
@@ -431,7 +431,7 @@ def find_run(args):
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
     if resume is None:                              # a new run
-        # copyblob.png alone is of a run that ended before its first save.
+        # The last one, copyblob.png, alone is of a run that ended before its first save.
         if args.out and any((out / name).exists() for name in RUN_FILES[:-1]):
             raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
                              f"or if it has a last.pt, continue that run with --resume {out}")
@@ -581,7 +581,7 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(_):                               # `progress` counts from 1 after a resume
+    def step_line(_):       # does not use the number of `progress`, which is 1 after a resume
         """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -624,7 +624,7 @@ def main(argv=None):
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)

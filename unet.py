@@ -216,10 +216,10 @@ class Up(nn.Module):
 class UNet(nn.Module):
     """An encoder, and a decoder with one `Up` for each skip.
 
-    float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also under
-    autocast. The input is padded with zeros (the mean color, once normalized) to multiples of 32;
-    the output is cropped back. `widths` are the channels of the decoder, coarsest first, one for
-    each skip (ConvNeXt: the first three). With fewer, the decoder ends without the finest skips.
+    float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also if the
+    layers are computed in 16 bits (autocast). The input is padded with zeros (the mean color, once
+    normalized) to multiples of 32; the output is cropped back. `widths`: the decoder's channels,
+    coarsest first, one for each skip (ConvNeXt: the first three); with fewer, the finest is unused.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
