@@ -373,22 +373,22 @@ CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 # ------------------------------------------------------------------------------------- loader
 
-def epoch_batches(epoch, num_frames, batch, seed):
-    """The items (see Cityscapes) of each step of an epoch -> list of lists of ints.
+def epoch_batches(epoch, length, batch, seed):
+    """The items (see Cityscapes) of each step, for `length` frames -> list of lists of ints.
     Every epoch has its own random order. Frames that do not fill a batch are skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Other random numbers than those of crops, which come from (seed, epoch, index < num_frames):
-    rng = np.random.default_rng((seed, epoch, num_frames))
-    items = epoch * num_frames + rng.permutation(num_frames)
-    steps = num_frames // batch
+    # Other random numbers than those of crops, which come from (seed, epoch, index < length):
+    rng = np.random.default_rng((seed, epoch, length))
+    items = epoch * length + rng.permutation(length)
+    steps = length // batch
     return items[:steps * batch].reshape(steps, batch).tolist()
 
 
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
-    workers: None is this process's share of the cores, at most 8, for a GPU, and 0 for a CPU, as
-    the network itself keeps all cores busy there. device: the torch.device of the network."""
+    device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
+    keeps all cores busy; for a GPU, it is this process's share of the cores, at most 8."""
     if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):        # on Linux: those that this process may use
@@ -412,7 +412,7 @@ def ignore_stop_signals(worker):
 def kill_workers():
     """Kill the workers that are left at the end of the program, for example after an error.
     PyTorch would send them SIGTERM, which they ignore, and wait for them forever."""
-    if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report their end as an error
+    if hasattr(signal, "SIGCHLD"):      # sent when a child ends: PyTorch's handler would raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

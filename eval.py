@@ -35,7 +35,7 @@ NAMES = [c.name for c in CLASSES]
 
 def pick_device(name="auto"):
     """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
-    under torchrun is GPU LOCAL_RANK, the number of this process on its machine. ValueError."""
+    under torchrun is GPU LOCAL_RANK, this process's number on its machine. Raises ValueError."""
     if name == "auto":
         name = "cpu"
         if torch.accelerator.is_available():
@@ -55,9 +55,10 @@ def pick_device(name="auto"):
 
 
 def pick_amp(name, device):
-    """The dtype for autocast: torch.bfloat16, torch.float16, or None for no autocast (float32).
-    "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a CPU with matrix
-    units for it (AMX); else float32."""
+    """The dtype for autocast, which computes convolutions and matrix products in 16 bits, as it is
+    faster: torch.bfloat16, or torch.float16, with a smaller range (see GradScaler in train.py), or
+    None (float32). "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a
+    CPU with matrix units for it (AMX); else float32. Raises ValueError."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp auto")

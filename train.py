@@ -191,7 +191,8 @@ def build_network(args, device, last):
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
     same step. As each rank computes the loss of its own frames, the result differs a little from
     that of one process with the whole batch. SyncBatchNorm normalizes over the frames of all GPUs;
-    CPUs have none. In a validation, the wrapper would wait for a rank that has a frame less."""
+    on CPUs it does not exist. In each forward pass, the wrapper copies rank 0's BatchNorm averages:
+    in a validation, it would wait for a rank that has a frame less."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -253,8 +254,7 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
-        # On CPUs, each rank's BatchNorm averages contain its own frames of the last step. All use
-        # those of rank 0, which are saved; DistributedDataParallel copies them before each step.
+        # On CPUs, each rank's BatchNorm averages contain its frames of the last step: use rank 0's.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -511,7 +511,6 @@ def train_step(network, loss_function, optimizer, scaler, images, target, dtype)
     device = next(network.parameters()).device
     images = images.to(device, non_blocking=True)
     target = target.to(device, non_blocking=True).long()
-    # Autocast computes convolutions and matrix products in 16 bits, which is faster.
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         logits = network(normalize(images))
     loss = loss_function(logits, target)            # in float32
@@ -581,7 +580,7 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(_):       # does not use the number of `progress`, which is 1 after a resume
+    def step_line(_):               # uses run.step; `progress` counts from 1 after a resume
         """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -617,7 +616,7 @@ def main(argv=None):
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if run.step == 1 or must_stop or save_is_due:
+                if run.step == 1 or must_stop or save_is_due:       # save waits for no other rank
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:

@@ -219,7 +219,7 @@ class UNet(nn.Module):
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also if the
     layers are computed in 16 bits (autocast). The input is padded with zeros (the mean color, once
     normalized) to multiples of 32; the output is cropped back. `widths`: the decoder's channels,
-    coarsest first, one for each skip (ConvNeXt: the first three); with fewer, the finest is unused.
+    coarsest first, one for each skip (ConvNeXt: the first three); fewer leave the finest unused.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
@@ -320,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as wide as x8: up1 adds them
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as x8, to which f is added
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
