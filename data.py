@@ -378,7 +378,7 @@ def epoch_batches(epoch, length, batch, seed):
     Every epoch has its own random order. Frames that do not fill a batch are skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Other random numbers than those of crops, which come from (seed, epoch, index < length):
+    # No crop has these random numbers, as its index is below `length`:
     rng = np.random.default_rng((seed, epoch, length))
     items = epoch * length + rng.permutation(length)
     steps = length // batch
@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)               # again in each epoch, which is harmless
+        atexit.register(kill_workers)               # runs before PyTorch's; twice is harmless
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

@@ -733,7 +733,7 @@ def test_copy_blob_pastes_a_class_at_its_place_behind_people():
 def test_copyblob_is_the_probability_that_a_crop_gets_a_rare_class():
     root = FOLDER / "rare"
     for index, label_id in enumerate([12, 12, 28, 13, ROAD]):       # wall, wall, bus, fence
-        label = np.full((100, 100), ROAD, np.uint8)
+        label = np.full((100, 100), ROAD, np.uint8)     # a crop of 64 / 0.5 = 128 contains it
         height = 1 if label_id == 13 else 50
         label[:height, :49] = label_id                  # of the fence less than 0.5 %
         write_tree(root, label, name=f"ulm_{index}")
@@ -743,7 +743,7 @@ def test_copyblob_is_the_probability_that_a_crop_gets_a_rare_class():
         walls, buses = [sum(train_id in ids for ids in found) for train_id in (3, 15)]
         assert low <= walls + buses <= high
         assert abs(walls - 2 * buses) < 60
-        assert not any(4 in ids for ids in found)       # the frame itself has only road
+        assert not any(4 in ids for ids in found)       # fence; the frame itself has only road
     common = write_tree(FOLDER / "common", label)       # only road
     assert "copyblob" in raises(ValueError, data.Cityscapes, common, "train", (64, 64), 0.5)
 
@@ -1077,7 +1077,6 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
     """All happen in the second epoch, steps 2 and 3, so that last.pt stays that of the first."""
     def infinite_loss():                            # float16 then leaves the weights as they are
         network.register_forward_hook(lambda network, inputs, output: output * math.inf)
-
     def infinite_weights():                         # in the last step: no later loss shows them
         network.bias.register_hook(lambda gradient: gradient * math.inf)
     full = mock.patch("os.fsync", side_effect=OSError(28, "No space left on device"))
@@ -1089,7 +1088,7 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
         with before_step(step, action):
             words = *new(out), "--data", tree, "--amp", amp
             line = one_line(train, *words, build=lambda *args: network)
-        mock.patch.stopall()
+        mock.patch.stopall()                        # the disk is no longer full
         assert part in line
         assert load(out)["step"] == 2
         assert not list(out.glob("*.part"))
@@ -1097,8 +1096,9 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """First only in step 0 (an epoch): it is skipped, the halved scale survives a resume, step 1 is
-    rate x 1.9 g, g the saved momentum. Then in every step: the run ends with one line."""
+    """First run: step 0, the first epoch, is skipped; the halved scale survives a resume. Step 1 is
+    rate x 1.9 g, as any first step; the saved momentum, which began at 0, is g.
+    Second run: every step overflows, and the run ends with one line."""
     def build(*args):
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * next(factors))
@@ -1132,10 +1132,10 @@ def test_resume_after_errors_and_signals_is_exact():
         assert load(out)["step"] == 3
         run("--resume", out)
         assert_same_run(out, whole_run())
-    before = signal.signal(number, signal.SIG_IGN)  # as nohup and a shell's & do
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # as nohup and a shell's & do
     with before_step(5, interrupt):
         run(*new(FOLDER / "ignored"))
-    signal.signal(number, before)
+    signal.signal(signal.SIGINT, before)
     assert_same_run(FOLDER / "ignored", whole_run())
 
 
@@ -1357,7 +1357,7 @@ def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
         logits = logit * torch.eye(19)[class_id, :, None, None] * left
         return logits.expand(1, 19, *x.shape[2:])
     prediction = evaluation.predict(model, images, tta=True)
-    assert (prediction[..., :28] == 1).all()
+    assert (prediction[..., :28] == 1).all()        # 28 ... 35: resized logits blend
     assert (prediction[..., 36:] == 0).all()        # no class leads: the first one
     assert sorted(x.shape[2:] for x in seen[::2]) == [(24, 48), (32, 64), (40, 80)]
     for x, flipped in zip(seen[::2], seen[1::2], strict=True):

@@ -9,7 +9,7 @@ Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
 copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, around each validation.
 
-`main`, at the end of this file, is the whole program. The functions above it are its parts.
+`main`, at the end of this file, is the whole program: read it first. Above it are its parts.
 
 Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
 optimizer, scaler, position, log), and every random choice follows from the seed and the position:
@@ -190,9 +190,7 @@ def build_network(args, device, last):
     Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
     same step. As each rank computes the loss of its own frames, the result differs a little from
-    that of one process with the whole batch. SyncBatchNorm normalizes over the frames of all GPUs;
-    on CPUs it does not exist. In each forward pass, the wrapper copies rank 0's BatchNorm averages:
-    in a validation, it would wait for a rank that has a frame less."""
+    that of one process with the whole batch; SyncBatchNorm normalizes over the frames of all."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -204,7 +202,7 @@ def build_network(args, device, last):
     model = model.to(device, memory_format=torch.channels_last)
     network = model
     if WORLD_SIZE > 1:
-        if device.type == "cuda":                   # replaces the norms in `model` itself
+        if device.type == "cuda":                   # replaces the norms in `model`; CPUs have none
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -254,7 +252,9 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
-        # On CPUs, each rank's BatchNorm averages contain its frames of the last step: use rank 0's.
+        # Before each forward pass, DistributedDataParallel copies rank 0's BatchNorm averages. On
+        # CPUs, they differ again after the last step: copy them once more. The wrapper itself is
+        # not called here, as it would wait for a rank that has a frame less.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -431,7 +431,7 @@ def find_run(args):
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
     if resume is None:                              # a new run
-        # The last one, copyblob.png, alone is of a run that ended before its first save.
+        # copyblob.png (the last name) alone does not count: that run ended before its first save.
         if args.out and any((out / name).exists() for name in RUN_FILES[:-1]):
             raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
                              f"or if it has a last.pt, continue that run with --resume {out}")
@@ -527,7 +527,7 @@ def main(argv=None):
         for each epoch:
             for each batch: train_step; perhaps save last.pt; stop if a signal came
             save last.pt; validate; write best.pt, log.csv and last.pt"""
-    # Options and device.
+    # Options and device. In choose_options, ranks may wait for each other, so it comes last.
     args = parse_args(argv)
     out, last = find_run(args)
     saved = last["settings"] if last else {}
@@ -616,7 +616,7 @@ def main(argv=None):
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if run.step == 1 or must_stop or save_is_due:       # save waits for no other rank
+                if run.step == 1 or must_stop or save_is_due:  # may differ by rank: save is local
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:

@@ -320,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as x8, to which f is added
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # GatedUp needs it as wide as x8
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
