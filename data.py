@@ -367,15 +367,15 @@ def median_weights(pixels):
     return np.where(f > 0, np.median(f[f > 0]) / np.maximum(f, 1e-30), 0)
 
 
-# int frames x classes -> float, one for each class; if it never occurs, 50 (enet) or 0 (median).
+# int frames x classes -> float classes. One that never occurs has the weight 50 (enet), 0 (median).
 CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 
 # ------------------------------------------------------------------------------------- loader
 
 def epoch_batches(epoch, length, batch, seed):
-    """The items (see Cityscapes) of each step, for `length` frames -> list of lists of ints.
-    Every epoch has its own random order. Frames that do not fill a batch are skipped.
+    """The items k (see Cityscapes) of each step of an epoch -> list of lists of ints, DataLoader's
+    `batch_sampler`. Each epoch has its own random order; frames that fill no batch are skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
     # No crop has these random numbers, as its index is below `length`:
@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)               # runs before PyTorch's; twice is harmless
+        atexit.register(kill_workers)       # the last registered runs first: before PyTorch's
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

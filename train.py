@@ -9,7 +9,7 @@ Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
 copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, around each validation.
 
-`main`, at the end of this file, is the whole program: read it first. Above it are its parts.
+`main`, at the end of this file, is the whole program. Read it after the note on RANK below.
 
 Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
 optimizer, scaler, position, log), and every random choice follows from the seed and the position:
@@ -202,7 +202,7 @@ def build_network(args, device, last):
     model = model.to(device, memory_format=torch.channels_last)
     network = model
     if WORLD_SIZE > 1:
-        if device.type == "cuda":                   # replaces the norms in `model`; CPUs have none
+        if device.type == "cuda":                   # replaces the norms in `model` itself
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = nn.parallel.DistributedDataParallel(network)
     if args.compile:
@@ -253,8 +253,8 @@ def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
         # Before each forward pass, DistributedDataParallel copies rank 0's BatchNorm averages. On
-        # CPUs, they differ again after the last step: copy them once more. The wrapper itself is
-        # not called here, as it would wait for a rank that has a frame less.
+        # CPUs, for which there is no SyncBatchNorm, they differ again after the last step: copy them
+        # once more. The wrapper is not called, as it would wait for a rank that has a frame less.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -306,9 +306,9 @@ def write(path, save_to):
 
 def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
-    last step. Both hold "model", the weights; "settings", the options; and the values of `run` (see
-    `main`; a new one is saved by itself). last.pt also has the states of `parts`, which only
-    --resume needs. Raises FloatingPointError on all ranks if the weights are not finite."""
+    last step. Both hold "model", the weights; "settings", the options; and the values of `run`, also
+    one that you add. last.pt also has the states of `parts`, which only --resume needs. Each rank
+    checks the weights (FloatingPointError if not finite), rank 0 writes, and no rank waits."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
@@ -527,7 +527,7 @@ def main(argv=None):
         for each epoch:
             for each batch: train_step; perhaps save last.pt; stop if a signal came
             save last.pt; validate; write best.pt, log.csv and last.pt"""
-    # Options and device. In choose_options, ranks may wait for each other, so it comes last.
+    # Options and device. In choose_options, ranks wait for rank 0: this needs the process group.
     args = parse_args(argv)
     out, last = find_run(args)
     saved = last["settings"] if last else {}
@@ -595,7 +595,7 @@ def main(argv=None):
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
             batches = batches[run.step - run.epoch * steps_per_epoch:]      # that are not done yet
-            batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's frames
+            batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
             loader = timed(loader, run)
             if RANK == 0:
@@ -616,7 +616,7 @@ def main(argv=None):
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if run.step == 1 or must_stop or save_is_due:  # may differ by rank: save is local
+                if run.step == 1 or must_stop or save_is_due:  # own clocks: no rank waits in save
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:
