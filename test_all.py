@@ -1345,8 +1345,8 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2, on the left
-    half. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, but of logits 20 and 9."""
+    """One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on
+    the left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, but of logits 20 and 9."""
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
         left = torch.linspace(1, 0, x.shape[3]) > 0.5

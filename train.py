@@ -253,8 +253,8 @@ def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
         # Before each forward pass, DistributedDataParallel copies rank 0's BatchNorm averages. On
-        # CPUs, for which there is no SyncBatchNorm, they differ again after the last step: copy them
-        # once more. The wrapper is not called, as it would wait for a rank that has a frame less.
+        # CPUs, which have no SyncBatchNorm, they differ again after the last step: copy them once
+        # more. The wrapper is not called, as it would wait for a rank that has a frame less.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -306,9 +306,9 @@ def write(path, save_to):
 
 def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
-    last step. Both hold "model", the weights; "settings", the options; and the values of `run`, also
-    one that you add. last.pt also has the states of `parts`, which only --resume needs. Each rank
-    checks the weights (FloatingPointError if not finite), rank 0 writes, and no rank waits."""
+    last step. Both hold "model", the weights; "settings", the options; the values of `run`, also
+    any you add. last.pt also has the states of `parts`, which only --resume needs. Each rank checks
+    the weights (FloatingPointError if not finite), rank 0 writes, and no rank waits."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
