@@ -527,11 +527,9 @@ def test_labels_of_the_wrong_kind_are_named():
 
 def test_pictures_of_any_mode_are_read_upright():
     ramp = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
-    modes = "L", "RGB", "RGBA", "LA", "P", "CMYK"
-    pictures = [Image.fromarray(ramp).convert(mode) for mode in modes]
-    for picture in pictures:
-        path = FOLDER / f"mode-{picture.mode}.tif"
-        picture.save(path)
+    for mode in "L", "RGB", "RGBA", "LA", "P", "CMYK":
+        path = FOLDER / f"mode-{mode}.tif"
+        Image.fromarray(ramp).convert(mode).save(path)
         result = data.read_image(path)
         assert result.mode == "RGB", path
         assert np.array_equal(np.asarray(result)[..., 1], ramp), path
@@ -1105,8 +1103,8 @@ def test_float16_gradients_that_overflow():
         return network
     once, options = FOLDER / "once", ("--data", striped_tree("overflow"), "--amp", "fp16")
     factors = itertools.chain([math.inf], itertools.repeat(1))
-    run(*new(once), *options, "--save-minutes", "0", until=1, build=build)
-    run("--resume", once, build=build)
+    run(*new(once), *options, until=1, build=build)
+    run("--resume", once, build=build)              # from here on, the factors are 1
     last = load(once)
     momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the bias
     close(torch.eye(19)[0] - last["model"]["bias"], last["log"][1]["lr"] * 1.9 * momentum)
@@ -1133,7 +1131,7 @@ def test_resume_after_errors_and_signals_is_exact():
         run("--resume", out)
         assert_same_run(out, whole_run())
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)       # as nohup and a shell's & do
-    with before_step(5, interrupt):
+    with before_step(5, interrupt):                 # with SIGINT, the last `number`
         run(*new(FOLDER / "ignored"))
     signal.signal(signal.SIGINT, before)
     assert_same_run(FOLDER / "ignored", whole_run())
@@ -1297,8 +1295,9 @@ def test_bad_command_lines_are_one_line():
         assert file in one_line(evaluation, "--ckpt", file)
     assert before == (good / "last.pt").read_bytes()
     with mock.patch.dict(os.environ, {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "99"}):
-        assert "use python eval.py" in one_line(evaluation, "--ckpt", good)     # train.py read
-        assert "cuda:99" in one_line(train, *new(out), "--device", "cuda")  # WORLD_SIZE before
+        # train.WORLD_SIZE was read at the import, and stays 1.
+        assert "use python eval.py" in one_line(evaluation, "--ckpt", good)
+        assert "cuda:99" in one_line(train, *new(out), "--device", "cuda")  # that of LOCAL_RANK
     with mock.patch("train.WORLD_SIZE", 2), mock.patch("train.dist"):
         assert "2 processes" in one_line(train, *new(out), "--batch", "3")
     assert not list(out.rglob("*.pt"))
@@ -1345,8 +1344,9 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on
-    the left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, but of logits 20 and 9."""
+    """Averages of probabilities choose class 1, those of logits class 0, each scale another one:
+    one pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on the
+    left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, of logits 20 and 9."""
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
         left = torch.linspace(1, 0, x.shape[3]) > 0.5

@@ -252,9 +252,9 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
-        # Before each forward pass, DistributedDataParallel copies rank 0's BatchNorm averages. On
-        # CPUs, which have no SyncBatchNorm, they differ again after the last step: copy them once
-        # more. The wrapper is not called, as it would wait for a rank that has a frame less.
+        # All ranks must validate the same network. On CPUs, which have no SyncBatchNorm, their
+        # BatchNorm averages (buffers) differ: take rank 0's. DistributedDataParallel itself is not
+        # called, as it would wait for a rank that has a frame less.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -273,9 +273,8 @@ def validate(model, val_set, device, dtype, workers, stop):
 
 
 def check_finite(scaler, tensors):
-    """Raise FloatingPointError if a tensor (the sum of the losses, weights) is not finite, or if
-    float16 gradients always overflow: GradScaler then skips every step, and halves its scale each
-    time, from 65536 to below 1."""
+    """Raise FloatingPointError if a tensor is not finite, or if the float16 gradients always
+    overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
     if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
                                  "--amp off; last.pt, if there is one, holds an earlier step")
@@ -615,8 +614,9 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
+                # Ranks may disagree (each has its clock), as no rank waits for others in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if run.step == 1 or must_stop or save_is_due:  # own clocks: no rank waits in save
+                if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:
