@@ -306,7 +306,7 @@ def jitter(image, rng):
 #     |          / \   |     |    +-o---o-+   |     |    +-o-- / \   |       stay visible
 #     +----------------+     +----------------+     +----------------+
 #
-# Cityscapes has one camera, so a bus fits where it stood in the donor. It may cover nearer cars.
+# With one camera, a bus fits where it stood. Its depth is unknown: it may cover nearer cars.
 # Class weights are counted without what is pasted. With both, rare classes are favored twice.
 
 RARE = [TRAIN_ID[name] for name in ("wall", "fence", "bus", "train") if name in TRAIN_ID]
@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)       # exit functions run in reverse: before PyTorch's
+        atexit.register(kill_workers)       # exit functions run in reverse: before Python's
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 
@@ -411,7 +411,7 @@ def ignore_stop_signals(worker):
 
 def kill_workers():
     """Kill the workers that are left at the end of the program, for example after an error.
-    PyTorch would send them SIGTERM, which they ignore, and wait for them forever."""
+    Python would send them SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):      # sent as a child ends: PyTorch would raise an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

@@ -1,13 +1,13 @@
 """Train a U-Net on Cityscapes, or on generated street scenes if there is no Cityscapes.
 
     python train.py --loss ce                             # anywhere
-    python train.py --data /data/cityscapes --model convnext_tiny --class-weights enet --copyblob
+    python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice
     torchrun --standalone --nproc_per_node=4 train.py --data /data/cityscapes --batch 32    # 4 GPUs
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, around each validation.
+copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, and twice an epoch.
 
 `main`, at the end of this file, is the whole program. Read it after the note on RANK below.
 
@@ -362,7 +362,7 @@ def move_earlier_run():
 def write_log(log, out):
     """Write log.csv and curves.png."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, log[0])
+    writer = csv.DictWriter(text, log[-1], extrasaction="ignore")       # rows may be of older code
     writer.writeheader()
     writer.writerows(log)
     write(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
@@ -614,7 +614,7 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
-                # Ranks may disagree (each has its clock), as no rank waits for others in `save`.
+                # Each rank has its clock. They may disagree: no rank waits for others in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)

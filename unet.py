@@ -358,7 +358,7 @@ class ConvUNeXt(nn.Module):
 #               state dict must be those of the n classes: load_weights in eval.py relies on it.
 #   url         ImageNet weights of its encoder, or None (ResNet-50's: torchvision's IMAGENET1K_V2)
 #   optimizer   train.py's default
-#   batch       train.py's default for real frames: fits 16 GB with crops of 512 x 1024
+#   batch       train.py's default for real frames, for a GPU of 16 GB (resnet34 was measured)
 # A checkpoint stores only the name of its row, so do not change a row that you trained: add one.
 # For example a deeper encoder, ResNet-101, with a decoder that is twice as wide:
 #   "resnet101": Spec(
