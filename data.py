@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)       # exit functions run in reverse: before Python's
+        atexit.register(kill_workers)       # runs before the exit function of multiprocessing
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 
@@ -411,8 +411,8 @@ def ignore_stop_signals(worker):
 
 def kill_workers():
     """Kill the workers that are left at the end of the program, for example after an error.
-    Python would send them SIGTERM, which they ignore, and wait for them forever."""
-    if hasattr(signal, "SIGCHLD"):      # sent as a child ends: PyTorch would raise an error
+    multiprocessing would send them SIGTERM, which they ignore, and wait for them forever."""
+    if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report killed workers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

@@ -276,7 +276,7 @@ def test_weights_that_cannot_be_loaded_are_one_line():
     raises(OSError, pretrained, "resnet18", {"conv1.weight": Hostile()})
     assert not (FOLDER / "owned").exists()
     response = mock.MagicMock()         # torch.hub: with urlopen(url) as u: u.read() until b""
-    response.__enter__().read.side_effect = [b"other bytes", b""]
+    response.__enter__.return_value.read.side_effect = [b"other bytes", b""]
     assert "invalid hash" in raises(OSError, pretrained, "resnet18", None, response)
     assert "--no-pretrained" in raises(ValueError, unet.build_model, "convunext", 19, True)
     assert "resnet18" in raises(ValueError, unet.build_model, "vgg")
@@ -963,7 +963,7 @@ def test_the_first_step_after_init():
     With --compile, it is the same. It takes the frames that --seed says."""
     start = load(whole_run(), "best.pt")["model"]
     words = "--encoder-lr", "0.1", "--weight-decay", "0.5", "--lr", "0.6", "--seed", "1"
-    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # .grad is of step 0
+    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # with .grad of step 0
     eagerly = functools.partial(torch.compile, backend="eager")     # needs no C compiler
     with mock.patch("torch.compile", side_effect=eagerly) as compiler:
         compiled, _, _ = first_steps(1, "--init", whole_run(), *words, "--compile")
@@ -1344,9 +1344,9 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """Averages of probabilities choose class 1, those of logits class 0, each scale another one:
-    one pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on the
-    left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, of logits 20 and 9."""
+    """Means of probabilities choose class 1, those of logits class 0; scales alone would choose 0, 1
+    and 2. One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on
+    the left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, of logits 20 and 9."""
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
         left = torch.linspace(1, 0, x.shape[3]) > 0.5

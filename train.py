@@ -7,7 +7,7 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, and twice an epoch.
+copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, and at each epoch's end.
 
 `main`, at the end of this file, is the whole program. Read it after the note on RANK below.
 
@@ -52,11 +52,11 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 # ------------------------------------------------------------------------------------ options
 
-DEFAULTS = {            # for real frames
+DEFAULTS = {
     "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
     "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
     "compile": False, "save_minutes": 5.0}
-SCENES_DEFAULTS = {     # for generated scenes: a small network, and many steps from random weights
+SCENES_DEFAULTS = {     # come first for scenes: a small network, many steps from random weights
     "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "batch": 2, "pretrained": False}
 OPTIMIZER_DEFAULTS = {
     "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
@@ -614,7 +614,7 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
-                # Each rank has its clock. They may disagree: no rank waits for others in `save`.
+                # Ranks may disagree in this (each has its clock), as `save` has no common operation.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
