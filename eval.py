@@ -602,7 +602,7 @@ def main(argv=None):
     ckpts = [load_model(path, device) for path in args.ckpt]
     for folder in {args.out, args.labels_out or args.out}:
         if folder.exists() and any(folder.iterdir()):
-            print(f"NOTE: {folder} is not empty; files of the same names are replaced")
+            print(f"NOTE: {folder} is not empty; panels and files of equal names are replaced")
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
     dtype = pick_amp(args.amp or ckpts[0]["settings"]["amp"], device)

@@ -1097,12 +1097,12 @@ def test_float16_gradients_that_overflow():
     """First run: step 0, the first epoch, is skipped; the halved scale survives a resume. Step 1 is
     rate x 1.9 g, as any first step; the saved momentum, which began at 0, is g.
     Second run: every step overflows, and the run ends with one line."""
+    factors = itertools.chain([math.inf], itertools.repeat(1))
     def build(*args):
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * next(factors))
         return network
     once, options = FOLDER / "once", ("--data", striped_tree("overflow"), "--amp", "fp16")
-    factors = itertools.chain([math.inf], itertools.repeat(1))
     run(*new(once), *options, until=1, build=build)
     run("--resume", once, build=build)              # from here on, the factors are 1
     last = load(once)
@@ -1344,9 +1344,9 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """Means of probabilities choose class 1, those of logits class 0; scales alone would choose 0, 1
-    and 2. One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on
-    the left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, of logits 20 and 9."""
+    """Means of probabilities choose class 1, of logits class 0; the scales alone choose 0, 1 and 2.
+    One pass is sure of class 0, three prefer class 1 (logit 3, p = 0.53), two class 2; all on the
+    left. Sums for classes 0 and 1: of probabilities 1.1 and 1.6, of logits 20 and 9."""
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
         left = torch.linspace(1, 0, x.shape[3]) > 0.5

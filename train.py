@@ -614,7 +614,7 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(stop)
-                # Ranks may disagree in this (each has its clock), as `save` has no common operation.
+                # Ranks may disagree (each has its clock): no rank waits for another in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
