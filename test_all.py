@@ -492,10 +492,10 @@ def test_broken_and_dangerous_files_are_named():
     root, image, label = good_tree("broken-files")
     for path in image, label:
         whole = path.read_bytes()
-        wrong_checksum = whole[:45] + b"????" + whole[49:]          # in the pixels
+        changed_pixels = whole[:45] + b"????" + whole[49:]          # in the pixels
         wrong_exif = io.BytesIO()
         Image.open(path).save(wrong_exif, "PNG", exif=b"Exif\0\0no TIFF header")
-        for broken in whole[:40], b"", b"no picture", wrong_checksum, wrong_exif.getvalue():
+        for broken in whole[:40], b"", b"no picture", changed_pixels, wrong_exif.getvalue():
             path.write_bytes(broken)
             bad_frame(root, OSError, path)
         path.write_bytes(whole)
@@ -1056,7 +1056,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
     with contextlib.chdir(tempfile.mkdtemp(dir=FOLDER)):
         run("--data", scenes(), *words, "--loss", "ce")
         files = {path.name: path.read_bytes() for path in Path().iterdir()}
-        run("--data", scenes(), *words, "--loss", "dice", until=0)
+        run("--data", scenes(), *words, "--loss", "dice", until=0)    # an error in step 0
         assert files["best.pt"] == Path("best.pt").read_bytes()     # not moved before it must be
         told = run("--data", scenes(), *words, "--loss", "dice", "--save-minutes", "0", until=4)
         assert told.count(f"the files of the earlier run are now in {earlier}\n") == 1
@@ -1064,7 +1064,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
         results, _ = score("--ckpt", earlier, "best.pt", build=tiny)
         assert [result["settings"]["loss"] for result in results] == ["ce", "dice"]
         later.with_name("resnet18-dice").mkdir()    # the name is taken
-        told = run("--data", scenes(), *words, "--epochs", "1")
+        told = run("--data", scenes(), *words, "--epochs", "1")         # ce+dice
         assert f"to continue it: python train.py --resume {later}\n" in told
         run("--resume", later)
         assert load(later)["epoch"] == 2
@@ -1094,7 +1094,7 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """First run: step 0, the first epoch, is skipped; the halved scale survives a resume. Step 1 is
+    """First run: step 0 (of one an epoch) is skipped; the halved scale survives a resume. Step 1 is
     rate x 1.9 g, as any first step; the saved momentum, which began at 0, is g.
     Second run: every step overflows, and the run ends with one line."""
     factors = itertools.chain([math.inf], itertools.repeat(1))

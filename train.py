@@ -114,8 +114,8 @@ def parse_args(argv=None):
 def choose_options(args, saved):
     """Fill in the options that were not typed, each from the first of these that has it: on resume
     the `saved` settings of last.pt; $CITYSCAPES_DATASET; the checkpoint of --init (its model); for
-    scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS; OPTIMIZER_DEFAULTS. Draws the scenes
-    if there is no other data. Raises ValueError if a typed option may not change on resume."""
+    scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS; OPTIMIZER_DEFAULTS. (--crop is left
+    to build_data, --workers to make_loader.) Draws scenes if there are none. Raises ValueError."""
     def fill(values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
@@ -145,8 +145,8 @@ def choose_options(args, saved):
     fill({"optimizer": spec.optimizer, "batch": spec.batch})
     fill({"pretrained": spec.url is not None and not args.init})
     fill(OPTIMIZER_DEFAULTS[args.optimizer])
-    rate = 0.025 if is_scenes else 0.0015       # of SGD, for each frame of a batch (Goyal et al.
-    fill({"lr": rate * args.batch})             # 2017, arXiv 1706.02677); AdamW has its own above
+    # SGD's rate grows with the batch (Goyal et al. 2017, arXiv 1706.02677). AdamW's is set above.
+    fill({"lr": args.batch * (0.025 if is_scenes else 0.0015)})
 
 
 # ---------------------------------------------------------------------- the parts of the run
@@ -531,7 +531,7 @@ def main(argv=None):
     out, last = find_run(args)
     saved = last["settings"] if last else {}
     device = pick_device(args.device or saved.get("device", "auto"))
-    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL sends GPU tensors, Gloo CPU tensors
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for the GPUs, Gloo for on_any_rank
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
