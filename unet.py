@@ -309,7 +309,7 @@ class GatedUp(nn.Module):
 class ConvUNeXt(nn.Module):
     """The published ConvUNeXt (base_c 32, bilinear), with the published keys; 3.5 M parameters.
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. Below 64 pixels
-    the coarsest map (stride 16) has less than 4, the least that can be reflected by 3, and the
+    the coarsest map (stride 16) has fewer than 4 pixels, too few to reflect 3 of them, and the
     published code fails. Such an image is first extended by repeating its last row and column."""
 
     def __init__(self, num_classes, width=32):
