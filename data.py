@@ -66,7 +66,7 @@ PHOTO_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF"]          # not EPS: it ru
 
 
 def normalize(images):
-    """uint8 N x 3 x H x W -> float32 on its device, (image - mean) / std. The memory format is
+    """uint8 N x 3 x H x W -> float32 on the same device, (image - mean) / std. The memory format is
     channels_last: the shape stays, the order in memory makes convolutions faster."""
     mean, std = mean_and_std(images.device)
     return ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
@@ -121,7 +121,7 @@ COMPANIONS = re.compile(r".+_gtFine_(color|polygons|(label|instance)(Train)?Ids)
 
 
 def list_folder(folder):
-    """The Paths in a folder, sorted, without hidden ones (".", "._"); none if it is missing."""
+    """The Paths in a folder, sorted, without hidden ones ("."); none if it is missing."""
     if not folder.exists():
         return []
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -375,7 +375,7 @@ CLASS_WEIGHTS = {"none": None, "enet": enet_weights, "median": median_weights}
 
 def epoch_batches(epoch, length, batch, seed):
     """The items k (see Cityscapes) of each step of an epoch -> list of lists of ints, DataLoader's
-    `batch_sampler`. Each epoch has its own random order; frames that fill no batch are skipped.
+    `batch_sampler`. Each epoch has its own random order; the last, incomplete batch is skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
     # No crop has these random numbers, as its index is below `length`:
@@ -398,7 +398,7 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)       # last registered, first run: before multiprocessing's
+        atexit.register(kill_workers)       # run in reverse order: before multiprocessing's own
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

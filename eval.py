@@ -230,7 +230,6 @@ def class_table(result):
     def by_iou(item):
         iou = item[1]["iou"]
         return 2 if iou is None else iou            # n/a last
-
     total = max(1, sum(c["pixels"] for c in result["classes"].values()))
     lines = ["worst first      IoU   Dice  pixels  most confused with"]
     for name, c in sorted(result["classes"].items(), key=by_iou):
@@ -319,7 +318,7 @@ def picture_grid(rows):
 
 
 def panel(image, label, prediction, title="prediction"):
-    """Three uint8 arrays -> a row of `picture_grid`; without a truth, only image and prediction."""
+    """uint8 H x W x 3, H x W, H x W -> a row of `picture_grid`, of two pictures without a truth."""
     row = [("image", image), (title, PALETTE[prediction])]
     if (label != IGNORE).any():
         errors = image // 3                         # darkened
@@ -360,10 +359,8 @@ def curves_picture(log):
     for left, key, title in (60, "loss", "training loss"), (620, "miou", "validation mIoU"):
         rows = [row for row in log if row[key] is not None]     # None: no validation
         top = math.ceil(max([1, *[row[key] for row in rows]]))
-
         def at(epoch, value):
             return left + width * epoch / last, bottom - height * value / top
-
         pen.text((left, 10), title, "black")
         pen.text((left + width, bottom + 24), "epoch", "black", anchor="ra")
         for value in np.linspace(0, top, 6):        # grid lines and their numbers

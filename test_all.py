@@ -171,7 +171,8 @@ def test_networks_take_any_input_size():
             logits = model.eval()(torch.zeros(2, 3, *size))
             assert logits.shape == (2, 5, *size)
             assert logits.isfinite().all()
-    for model in models[0], models[3]:              # padded with zeros, right and below
+    for name in "resnet18", "convnext_tiny":        # padded with zeros, right and below
+        model = unet.build_model(name, num_classes=5).eval()
         padded = F.pad(wave(50, 70), (0, 26, 0, 14))
         fill(model)
         close(model(wave(50, 70)), model(padded)[..., :50, :70])
@@ -423,7 +424,6 @@ ROAD, BUILDING = 7, 11                                  # label ids
 def test_label_table():
     ids = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     names = [c.name for c in data.CLASSES]
-    assert [c.label_id for c in data.CLASSES] == ids
     assert names[3:5] + names[13:17] == ["wall", "fence", "car", "truck", "bus", "train"]
     ignored = np.setdiff1d(np.arange(256), [*ids, 30])  # 30 may count as a truck
     assert data.LABEL_TO_TRAIN[ids].tolist() == list(range(19))
@@ -823,10 +823,11 @@ def striped_tree(name, train=((7, 7, 7, 23),) * 2, val=((7, 7, 7, 23),)):
 
 def before_step(number, action):
     """A patch of train.seed_step, which begins each step: action() just before a step (from 0)."""
-    def seed_step(seed, step, original=train.seed_step):
+    original = train.seed_step                      # train's own, or that of a patch around this
+    def seed_step(seed, step):
         if step == number:
             action()
-        original(seed, step)                        # train's own, or that of a patch around this
+        original(seed, step)
     return mock.patch("train.seed_step", seed_step)
 
 
@@ -1253,11 +1254,10 @@ WRONG_FOR_TRAIN = """\
 --model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''"""
 WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
---ckpt {files}/nan.pt --out {out} => not finite
+--ckpt {files}/nan.pt --out {out} => not finite; --ckpt {good} --split x => splits there: train, val
 --ckpt {good} {good} --labels-out {out} => --labels-out
 --ckpt {good} --images {folder}/none => {folder}/none; --ckpt {good} --out {good} => holds a run
 --ckpt {good} --images {photos} --out {photos} => holds the photos
---ckpt {good} --split validation => splits there: train, val
 --ckpt ''; --data '' --ckpt x; --images '' --ckpt x; --out '' --ckpt x"""
 
 

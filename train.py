@@ -7,15 +7,15 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, every 5 minutes, at signals, and at each epoch's end.
+copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at each epoch's end.
 
 `main`, at the end of this file, is the whole program. Read it after the note on RANK below.
 
 Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
 optimizer, scaler, position, log), and every random choice follows from the seed and the position:
 the order of the frames (data.epoch_batches), their crops (data.Cityscapes), stochastic depth
-(seed_step). On a GPU, or with more than two processes, sums are added in another order each time,
-so that results match only up to rounding.
+(seed_step). On a GPU, or with more than two processes, sums are added in another order each time
+(a + b is b + a, but three terms round differently), so that results match only up to rounding.
 """
 import contextlib
 import csv
@@ -43,7 +43,8 @@ from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
 # torchrun starts WORLD_SIZE processes, each with a RANK from 0; without it, there is one, rank 0.
-# All ranks must call the operations of torch.distributed together, as each waits for the others:
+# All ranks must call the operations of torch.distributed together, as each waits for the others.
+# NCCL executes them for tensors on GPUs, Gloo for tensors on the CPU.
 #     all_reduce      the sum or maximum over all ranks, in place
 #     broadcast       a copy of rank 0's value
 #     barrier         wait until all ranks are here
@@ -189,8 +190,8 @@ def build_network(args, device, last):
     `network` is `model` or a wrapper around it, with the same weights and mode (train, eval).
     Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
-    same step. As each rank computes the loss of its own frames, the result differs a little from
-    that of one process with the whole batch; SyncBatchNorm normalizes over the frames of all."""
+    same step. Each rank divides its loss by the labeled pixels of its own frames, so that the step
+    differs a little from one process with all frames. SyncBatchNorm normalizes over all of them."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -213,22 +214,22 @@ def build_network(args, device, last):
 def build_optimizer(model, args):
     """SGD or AdamW. Each group has a `factor` on the rate. 1-D parameters have no decay."""
     has_trained_encoder = args.pretrained or args.init
-    groups = {}
+    parameters_of = {}                              # (factor, decay) -> list of parameters
     for name, parameter in model.named_parameters():
         factor, decay = 1.0, 0.0
         if has_trained_encoder and name.startswith("encoder."):
             factor = args.encoder_lr
         if parameter.ndim > 1:                      # biases, norms, ConvNeXt's gamma are 1-D
             decay = args.weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
+        parameters_of.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
-              for (factor, decay), parameters in groups.items()]
+              for (factor, decay), parameters in parameters_of.items()]
     fused = next(model.parameters()).device.type != "mps"       # faster; not tested on MPS
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # Momentum starts at 0, as always (0.9 x 0 + gradient). PyTorch 2.13 has an error: if GradScaler
-    # (float16, in `main`) skips the first step, the second one uses an uninitialized momentum.
+    # PyTorch 2.13 has an error: if GradScaler (float16, see `main`) skips the first step, the
+    # second one uses an uninitialized momentum. So it starts at 0 here: 0.9 x 0 + gradient.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -254,7 +255,7 @@ def validate(model, val_set, device, dtype, workers, stop):
     if WORLD_SIZE > 1:
         # All ranks must validate the same network. On CPUs, which have no SyncBatchNorm, their
         # BatchNorm averages (buffers) differ: take rank 0's. DistributedDataParallel itself is not
-        # called, as it would wait for a rank that has a frame less.
+        # called: each of its forward passes waits for all ranks, and one may have a frame less.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -305,9 +306,9 @@ def write(path, save_to):
 
 def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
-    last step. Both hold "model", the weights; "settings", the options; the values of `run`, also
-    any you add. last.pt also has the states of `parts`, which only --resume needs. Each rank checks
-    the weights (FloatingPointError if not finite), rank 0 writes, and no rank waits."""
+    last step. Both hold "model", the weights; "settings", the options; all values of `run`.
+    last.pt also has the states of `parts`, which only --resume needs. Each rank checks the weights
+    (FloatingPointError if they are not finite), rank 0 writes, and no rank waits for another."""
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     if RANK != 0:
         return
@@ -439,7 +440,7 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or "optimizer" not in last:       # for example --resume best.pt
+    if path.name != "last.pt" or not {"optimizer", "num_frames"} <= last.keys():    # best.pt, ...
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
@@ -482,7 +483,7 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
     """Log the epoch (scores: a dict of `summarize`), save best.pt if best so far, and last.pt."""
     run.epoch += 1
     run.miou = scores["miou"]
-    steps = run.step // run.epoch                   # of an epoch
+    steps = run.step // run.epoch                   # steps of one epoch
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
            "lr": learning_rate(args, run.step - 1, steps)}
     for key in "pixel_accuracy", "miou", "mean_dice":
@@ -506,7 +507,8 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
 
 
 def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
-    """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU."""
+    """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU.
+    A GPU only queues all this: code that reads a value (`.item()`, `if`) waits for the result."""
     device = next(network.parameters()).device
     images = images.to(device, non_blocking=True)
     target = target.to(device, non_blocking=True).long()
@@ -531,8 +533,8 @@ def main(argv=None):
     out, last = find_run(args)
     saved = last["settings"] if last else {}
     device = pick_device(args.device or saved.get("device", "auto"))
-    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for the GPUs, Gloo for on_any_rank
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    if WORLD_SIZE > 1 and device.type == "cuda":    # Gloo is for on_any_rank
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)         # its own GPU
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
     if on_any_rank(last is not None) and last is None:
@@ -564,8 +566,8 @@ def main(argv=None):
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
-        seconds=0.0,                                # that these steps took,
-        waited=0.0,                                 # and of these, seconds of waiting for data
+        seconds=0.0,                                # that these steps took
+        waited=0.0,                                 # seconds of those, spent waiting for data
         miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
@@ -575,11 +577,11 @@ def main(argv=None):
         restore(last, run, parts)
         if run.step > total_steps:
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
-        if not (out / "best.pt").exists():          # only last.pt was copied to here
+        if not (out / "best.pt").exists():          # only last.pt was copied here
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(_):               # uses run.step; `progress` counts from 1 after a resume
+    def step_line(_):               # `progress` would count from 1 after a resume: take run.step
         """A line for `progress`, after a step. Raises if the loss is not finite."""
         check_finite(scaler, [run.loss_sum])
         step = run.step - run.epoch * steps_per_epoch
@@ -623,7 +625,7 @@ def main(argv=None):
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)

@@ -31,7 +31,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 # ------------------------------------------------------------------------------------- ResNet
 
 class BasicBlock(nn.Module):
-    """Residual block of two 3x3 convolutions (ResNet, fig. 5 left), for ResNet-18 and -34.
+    """Residual block, relu(x + f(x)), f: two 3x3 convolutions (ResNet, fig. 5 left). f has to learn
+    only the change of x, and the sum passes gradients on to earlier layers as they are.
     N x channels x H x W -> N x width x ceil(H / stride) x ceil(W / stride)"""
     expansion = 1                       # output channels = expansion * width
 
@@ -198,7 +199,7 @@ class Up(nn.Module):
                                              = upsample(coarse(x)) + fine(s)
 
     The last form is the cheapest: `coarse` sees the small map. Upsampling is by nearest neighbor;
-    the 3x3 convolutions smooth its blocks."""
+    the 3x3 convolutions smooth the squares."""
 
     def __init__(self, channels, skip_channels, out):
         super().__init__()
@@ -296,7 +297,7 @@ class GatedUp(nn.Module):
     def forward(self, x, skip):
         height, width = skip.shape[-2:]
         z = F.interpolate(self.norm(x), scale_factor=2, mode="bilinear", align_corners=True)
-        z = F.pad(z, (0, width - z.shape[-1], 0, height - z.shape[-2]))     # by 1 if H, W is odd
+        z = F.pad(z, (0, width - z.shape[-1], 0, height - z.shape[-2]))     # by 1 if H or W is odd
         z = z.permute(0, 2, 3, 1)                   # N x H x W x C: Linear acts on the last axis
         s = skip.permute(0, 2, 3, 1)                # N x H x W x C
         f, i, g = self.gate(z).chunk(3, dim=-1)     # N x H x W x 3C -> three of N x H x W x C
@@ -320,7 +321,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # GatedUp needs it as wide as x8
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many as x8: up1 adds both
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
