@@ -11,8 +11,8 @@ ids 0 ... 18, which networks predict. All others become 255, which losses and me
 file is read, so nothing has to be converted beforehand.
 
 Sizes are height x width; Pillow's own sizes, as in `resize`, are width x height.
-Random numbers come from (seed, epoch, index). A sample therefore does not depend on the number of
-workers or GPUs, and a resumed run sees the same samples as an uninterrupted one.
+Random numbers come from (seed, epoch, index): a sample does not depend on the number of workers or
+GPUs, and a resumed run sees the same samples as an uninterrupted one.
 """
 import atexit
 import functools
@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -152,7 +153,7 @@ class Cityscapes(torch.utils.data.Dataset):
     """The frames of one split -> (image uint8 3 x H x W RGB, label uint8 H x W train ids).
 
     crop: None: whole frames as they are; (h, w): random augmented crops of that size
-    copyblob: probability of CopyBlob for a crop, in [0, 1]
+    copyblob: probability of CopyBlob for a frame, before it is cropped, in [0, 1]
     scale: (min, max) of the random zoom of a crop, see `augment`
     unused: Paths of what lies in the folders of the split and is not read
 
@@ -329,7 +330,7 @@ def find_donors(pixels):
 
 
 def copy_blob(image, label, donor_image, donor_label, train_id):
-    """Paste what the donor shows of a class at its own place -> new image and label.
+    """Paste what a donor shows of a class, where it shows it -> new image and label.
     Thin things and people (IN_FRONT) stay visible. All are Pillow images: RGB, train ids (mode L).
     Adapted from CopyBlob in hoya012/semantic-segmentation-tutorial-pytorch, which pastes at random
     places, and Copy-Paste (Ghiasi et al. 2020, arXiv 2012.07177)."""
@@ -378,8 +379,7 @@ def epoch_batches(epoch, length, batch, seed):
     `batch_sampler`. Each epoch has its own random order; the last, incomplete batch is skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # No crop has these random numbers, as its index is below `length`:
-    rng = np.random.default_rng((seed, epoch, length))
+    rng = np.random.default_rng((seed, epoch, length))      # no crop's: their index is below length
     items = epoch * length + rng.permutation(length)
     steps = length // batch
     return items[:steps * batch].reshape(steps, batch).tolist()
@@ -398,7 +398,9 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        atexit.register(kill_workers)       # run in reverse order: before multiprocessing's own
+        if sys.platform == "linux":          # Python 3.14 uses a server process, which SIGTERM ends
+            options.setdefault("multiprocessing_context", "fork")
+        atexit.register(kill_workers)       # in reverse order, so before multiprocessing's
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

@@ -55,8 +55,8 @@ def pick_device(name="auto"):
 
 
 def pick_amp(name, device):
-    """The dtype for autocast, which computes convolutions and matrix products in 16 bits, as it is
-    faster: torch.bfloat16, or torch.float16, with a smaller range (see GradScaler in train.py), or
+    """The dtype for autocast, which computes convolutions and matrix products in 16 bits (weights
+    and their gradients stay float32): torch.bfloat16; torch.float16, of a smaller range; or
     None (float32). "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a
     CPU with matrix units for it (AMX); else float32. Raises ValueError."""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
@@ -187,7 +187,7 @@ def load_weights(model, saved, path, new_head=False):
 
 
 def load_model(path, device):
-    """Rebuild the network of a checkpoint -> the dict of `load_checkpoint`, path and network."""
+    """Rebuild the network of a checkpoint -> load_checkpoint's dict, with "path" and "network"."""
     path = find_checkpoint(path)
     saved = load_checkpoint(path)
     network = build_model(saved["settings"]["model"], len(CLASSES))
@@ -250,7 +250,6 @@ def comparison(names, results):
     width, lines = 2 + max(5, *map(len, names)), []
     def add_line(title, texts):
         lines.append(title.ljust(18) + "".join(text.rjust(width) for text in texts))
-
     add_line("", names)
     for name in NAMES:
         add_line(f"IoU {name}", [format_score(r["classes"][name]["iou"]) for r in results])

@@ -44,7 +44,7 @@ from unet import MODELS, SPECS, build_model
 
 # torchrun starts WORLD_SIZE processes, each with a RANK from 0; without it, there is one, rank 0.
 # All ranks must call the operations of torch.distributed together, as each waits for the others.
-# NCCL executes them for tensors on GPUs, Gloo for tensors on the CPU.
+# NCCL executes them on GPUs, Gloo on CPUs. If one rank fails, torchrun ends the others.
 #     all_reduce      the sum or maximum over all ranks, in place
 #     broadcast       a copy of rank 0's value
 #     barrier         wait until all ranks are here
@@ -253,9 +253,9 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, stop):
     """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
     if WORLD_SIZE > 1:
-        # All ranks must validate the same network. On CPUs, which have no SyncBatchNorm, their
-        # BatchNorm averages (buffers) differ: take rank 0's. DistributedDataParallel itself is not
-        # called: each of its forward passes waits for all ranks, and one may have a frame less.
+        # BatchNorm's averages (buffers) differ on CPUs, which have no SyncBatchNorm: take rank 0's.
+        # `model` is called, not DistributedDataParallel, whose forward waits for all ranks: one may
+        # have a frame less. (SyncBatchNorm waits only in training mode.)
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -394,7 +394,7 @@ def on_any_rank(condition):
 
 
 def leave_group():
-    """Wait until all ranks are here, so that none ends while rank 0 still saves; then leave."""
+    """Wait for all ranks, then leave: torchrun kills the others if one ends with an error."""
     if WORLD_SIZE > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -527,7 +527,7 @@ def main(argv=None):
 
         for each epoch:
             for each batch: train_step; perhaps save last.pt; stop if a signal came
-            save last.pt; validate; write best.pt, log.csv and last.pt"""
+            perhaps save last.pt and validate; write best.pt, log.csv, curves.png, last.pt"""
     # Options and device. In choose_options, ranks wait for rank 0: this needs the process group.
     args = parse_args(argv)
     out, last = find_run(args)
@@ -591,7 +591,7 @@ def main(argv=None):
                 f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
     with stop_signals() as stop:                    # The loop.
-        while run.epoch < args.epochs:
+        while run.epoch < args.epochs:              # finish_epoch increases it
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
@@ -625,7 +625,7 @@ def main(argv=None):
                     end_stopped(stop, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores yet
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, stop)

@@ -125,8 +125,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, channels, drop_path=0.0):
         super().__init__()
-        # Computes what nn.Conv2d computes, and trains faster on a CPU: see the end of this file.
-        self.dwconv = DepthwiseConv(channels)       # 7x7
+        self.dwconv = DepthwiseConv(channels)       # 7x7; as nn.Conv2d, but faster on a CPU
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.pwconv1 = nn.Linear(channels, 4 * channels)        # a 1x1 convolution, as published
         self.pwconv2 = nn.Linear(4 * channels, channels)
@@ -321,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many as x8: up1 adds both
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many channels as x8
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
