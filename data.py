@@ -379,7 +379,8 @@ def epoch_batches(epoch, length, batch, seed):
     `batch_sampler`. Each epoch has its own random order; the last, incomplete batch is skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    rng = np.random.default_rng((seed, epoch, length))      # no crop's: their index is below length
+    # Differs from the key of every crop, (seed, epoch, index), as an index is below `length`:
+    rng = np.random.default_rng((seed, epoch, length))
     items = epoch * length + rng.permutation(length)
     steps = length // batch
     return items[:steps * batch].reshape(steps, batch).tolist()
@@ -398,9 +399,11 @@ def make_loader(dataset, workers, device, **options):
         workers = 0 if device.type == "cpu" else share
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
-        if sys.platform == "linux":          # Python 3.14 uses a server process, which SIGTERM ends
+        if sys.platform == "linux":
+            # Start workers directly: Python 3.14's default is a server, which SIGTERM would end.
             options.setdefault("multiprocessing_context", "fork")
-        atexit.register(kill_workers)       # in reverse order, so before multiprocessing's
+        # Exit functions run in reverse order: this one before multiprocessing's own.
+        atexit.register(kill_workers)
     return torch.utils.data.DataLoader(dataset, num_workers=workers,
                                        pin_memory=device.type == "cuda", **options)
 

@@ -285,7 +285,7 @@ def sheet(width, height):
 
 
 def legend(width):
-    """The names of the colors, `width` pixels wide."""
+    """A picture with the name of each color, `width` pixels wide."""
     entries = [(c.name, c.color) for c in CLASSES]
     entries += [("ignored", (0, 0, 0)), ("error", ERROR_COLOR)]
     per_line = max(1, width // 120)
@@ -432,7 +432,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
         old.unlink()
-    chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().tolist()
+    chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().astype(int)
     rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class

@@ -7,8 +7,6 @@ Every loss of `build_loss` maps logits and labels to one number and follows the 
 - A batch in which nothing is labeled has loss 0 and gradient 0.
 - Class weights w are optional. Only their ratios matter, because each loss is divided by the sum
   of the weights in it.
-
-    loss = build_loss("focal", class_weights)(logits, target)
 """
 import torch
 import torch.nn.functional as F

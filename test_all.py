@@ -44,8 +44,8 @@ import unet
 HERE = Path(__file__).resolve().parent
 FOLDER = Path(tempfile.mkdtemp(prefix="unet-test-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
-torch.set_num_threads(1)                # fastest for small networks; a resumed run is exact only
-os.environ["OMP_NUM_THREADS"] = "1"     # with the same number; this one is for started processes
+torch.set_num_threads(1)                # a resumed run is exact only with the same number
+os.environ["OMP_NUM_THREADS"] = "1"     # for processes that are started here
 
 # ---------------------------------------------------------------------------- helpers
 
@@ -960,18 +960,18 @@ def test_learning_rate_formula():
 
 
 def test_the_first_step_after_init():
-    """It is rate x 1.9 g: Nesterov's g + 0.9 m, m = g at first; g is gradient + decay x weight.
-    With --compile, it is the same. It takes the frames that --seed says."""
+    """It changes a weight by rate x 1.9 g: Nesterov's g + 0.9 m, where m = g at first, and g is the
+    gradient + decay x weight. With --compile, it does the same. It takes the frames of --seed."""
     start = load(whole_run(), "best.pt")["model"]
     words = "--encoder-lr", "0.1", "--weight-decay", "0.5", "--lr", "0.6", "--seed", "1"
-    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # with .grad of step 0
+    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # .grad: of step 0
     eagerly = functools.partial(torch.compile, backend="eager")     # needs no C compiler
     with mock.patch("torch.compile", side_effect=eagerly) as compiler:
         compiled, _, _ = first_steps(1, "--init", whole_run(), *words, "--compile")
     for (name, after), other in zip(network.named_parameters(), compiled.parameters()):
         factor = 0.1 if name.startswith("encoder.") else 1.0
         decay = 0.5 if after.ndim > 1 else 0.0      # not for biases and norms
-        step = 0.6 / 3 * factor * 1.9 * (after.grad + decay * start[name])      # 3 of warmup
+        step = 0.6 / 3 * factor * 1.9 * (after.grad + decay * start[name])      # warmup 1 of 3
         close(start[name] - after, step, 1e-3, 1e-6)
         close(other, after, 1e-3, 1e-4)
     frames = data.Cityscapes(scenes(), "train", (64, 64), seed=1, scale=(0.8, 1.25))
@@ -1057,7 +1057,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
     with contextlib.chdir(tempfile.mkdtemp(dir=FOLDER)):
         run("--data", scenes(), *words, "--loss", "ce")
         files = {path.name: path.read_bytes() for path in Path().iterdir()}
-        run("--data", scenes(), *words, "--loss", "dice", until=0)    # an error in step 0
+        run("--data", scenes(), *words, "--loss", "dice", until=0)    # error before step 0
         assert files["best.pt"] == Path("best.pt").read_bytes()     # not moved before it must be
         told = run("--data", scenes(), *words, "--loss", "dice", "--save-minutes", "0", until=4)
         assert told.count(f"the files of the earlier run are now in {earlier}\n") == 1
@@ -1344,24 +1344,24 @@ def test_tables_and_colors_by_hand():
 
 
 def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
-    """Of six passes, one is sure of class 0, three prefer 1 (logit 3, p = 0.53), two 2: all left.
-    So probabilities choose class 1 (sums 1.1 and 1.6), logits class 0 (sums 20 and 9)."""
+    """One of six passes is sure of class 0 (logit 20), three prefer class 1 (logit 3: p = 0.53),
+    two class 2. Class 1 has the highest sum of probabilities, 1.6, class 0 that of logits, 20."""
     seen, images = [], torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     def model(x):
-        left = torch.linspace(1, 0, x.shape[3]) > 0.5
-        if len(seen) % 2 == 1:                      # every second pass is flipped
-            left = left.flip(0)
-        class_id, logit = [(0, 20), (1, 3),         # a scale: its image, its flip
-                           (1, 3), (1, 3), (2, 3), (2, 3)][len(seen)]
+        class_id, logit = [(0, 20), (1, 3), (1, 3), (1, 3), (2, 3), (2, 3)][len(seen)]
         seen.append(x)
-        logits = logit * torch.eye(19)[class_id, :, None, None] * left
+        logits = logit * torch.eye(19)[class_id].view(1, 19, 1, 1)
         return logits.expand(1, 19, *x.shape[2:])
-    prediction = evaluation.predict(model, images, tta=True)
-    assert (prediction[..., :28] == 1).all()        # 28 ... 35: resized logits blend
-    assert (prediction[..., 36:] == 0).all()        # no class leads: the first one
+    assert (evaluation.predict(model, images, tta=True) == 1).all()
     assert sorted(x.shape[2:] for x in seen[::2]) == [(24, 48), (32, 64), (40, 80)]
     for x, flipped in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(x, flipped.flip(3))
+    def is_dark(x):                                 # of two classes, by the red of each pixel
+        return torch.cat([x[:, :1], -x[:, :1]], dim=1)
+    images[..., 32:] = 0                            # dark on the right, also after two flips
+    images[..., :32] = 255
+    prediction = evaluation.predict(is_dark, images, tta=True)
+    assert torch.equal(prediction, evaluation.predict(is_dark, images))
 
 
 def test_several_checkpoints():

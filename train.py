@@ -2,7 +2,6 @@
 
     python train.py --loss ce                             # anywhere
     python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice
-    torchrun --standalone --nproc_per_node=4 train.py --data /data/cityscapes --batch 32    # 4 GPUs
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
@@ -57,7 +56,7 @@ DEFAULTS = {
     "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
     "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
     "compile": False, "save_minutes": 5.0}
-SCENES_DEFAULTS = {     # come first for scenes: a small network, many steps from random weights
+SCENES_DEFAULTS = {     # of scenes, instead of those above: a small network, many steps
     "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "batch": 2, "pretrained": False}
 OPTIMIZER_DEFAULTS = {
     "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
@@ -69,7 +68,7 @@ MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "sa
 
 def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
-    a line here, without a default, and in DEFAULTS. Raises ValueError."""
+    a line here, without a default, and its default in DEFAULTS. Raises ValueError."""
     parser = OptionParser(__doc__.split("`main`")[0])           # what comes before is for --help
     add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
     add("--data", type=path_option, help="data folder (default: $CITYSCAPES_DATASET, else scenes)")
@@ -88,7 +87,7 @@ def parse_args(argv=None):
     add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
         "for scenes 0.025 x batch; adamw 0.001)")
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
-        "weights from ImageNet or --init; convunext has none (default: sgd 0.5, adamw 0.1)")
+        "weights from ImageNet or --init; not in convunext (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
     add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (scenes: no)")
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
@@ -228,7 +227,7 @@ def build_optimizer(model, args):
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
     optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # PyTorch 2.13 has an error: if GradScaler (float16, see `main`) skips the first step, the
+    # PyTorch 2.13 has a bug: if GradScaler (float16, see `main`) skips the first step, the
     # second one uses an uninitialized momentum. So it starts at 0 here: 0.9 x 0 + gradient.
     for parameter in model.parameters():
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -250,12 +249,12 @@ def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, RANK)).generate_state(1)[0]))
 
 
-def validate(model, val_set, device, dtype, workers, stop):
-    """Predict the frames, each rank a part -> confusion matrix; None if a signal came (`stop`)."""
+def validate(model, val_set, device, dtype, workers, signals):
+    """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
     if WORLD_SIZE > 1:
         # BatchNorm's averages (buffers) differ on CPUs, which have no SyncBatchNorm: take rank 0's.
-        # `model` is called, not DistributedDataParallel, whose forward waits for all ranks: one may
-        # have a frame less. (SyncBatchNorm waits only in training mode.)
+        # One rank may have a frame less. So call `model`: DistributedDataParallel would wait for all
+        # ranks in each forward pass, SyncBatchNorm only in training mode.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -266,9 +265,9 @@ def validate(model, val_set, device, dtype, workers, stop):
         results = progress(results, lambda number: f"validating, frame {number}/{len(frames)}")
     for _, label, prediction in results:
         matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
-        if stop:
+        if signals:
             break
-    if on_any_rank(stop):
+    if on_any_rank(signals):
         return None
     return over_ranks(matrix).cpu()
 
@@ -416,11 +415,11 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def end_stopped(stop, out):
+def end_stopped(signals, out):
     """End the program after a signal, when all is saved. The status is 128 + signal."""
     say(f"stopped; continue with: python train.py --resume {out / 'last.pt'}")
     leave_group()
-    sys.exit(128 + (stop or [signal.SIGTERM])[0])   # another rank may have got the signal
+    sys.exit(128 + (signals or [signal.SIGTERM])[0])   # another rank may have got the signal
 
 
 # ------------------------------------------------------------------------------- the program
@@ -460,7 +459,7 @@ def restore(last, run, parts):
 
 
 def timed(items, run):
-    """Yield the items, and add to `run.waited` how many seconds each of them took to come."""
+    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
     asked = time.monotonic()
     for item in items:
         run.waited += time.monotonic() - asked
@@ -590,7 +589,7 @@ def main(argv=None):
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
                 f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
-    with stop_signals() as stop:                    # The loop.
+    with stop_signals() as signals:                 # The loop.
         while run.epoch < args.epochs:              # finish_epoch increases it
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
@@ -615,22 +614,22 @@ def main(argv=None):
                 if run.step == 1 and RANK == 0:     # the run works: its files may be written
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
-                must_stop = on_any_rank(stop)
-                # Ranks may disagree (each has its clock): no rank waits for another in `save`.
+                must_stop = on_any_rank(signals)
+                # Ranks may disagree (each has its clock), as no rank waits for another in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:
-                    end_stopped(stop, out)
+                    end_stopped(signals, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # no scores yet
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # 0: no scores
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
-                matrix = validate(model, val_set, device, dtype, args.workers, stop)
+                matrix = validate(model, val_set, device, dtype, args.workers, signals)
                 if matrix is None:
-                    end_stopped(stop, out)
+                    end_stopped(signals, out)
             seconds = time.monotonic() - started
             finish_epoch(args, run, model, parts, out, summarize(matrix), seconds)
             saved_at = time.monotonic()
