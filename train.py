@@ -253,8 +253,8 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
     if WORLD_SIZE > 1:
         # BatchNorm's averages (buffers) differ on CPUs, which have no SyncBatchNorm: take rank 0's.
-        # One rank may have a frame less. So call `model`: DistributedDataParallel would wait for all
-        # ranks in each forward pass, SyncBatchNorm only in training mode.
+        # One rank may have a frame less. So call `model`: DistributedDataParallel would wait for
+        # all ranks in each forward pass, SyncBatchNorm only in training mode.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
