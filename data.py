@@ -379,7 +379,7 @@ def epoch_batches(epoch, length, batch, seed):
     `batch_sampler`. Each epoch has its own random order; the last, incomplete batch is skipped.
     Example: for 5 frames in batches of 2, [[3, 0], [4, 2]] may be the items of epoch 0. Those of
     epoch 1 are between 5 and 9: item 7 is frame 2 again, with new random numbers."""
-    # Differs from the key of every crop, (seed, epoch, index), as an index is below `length`:
+    # This key differs from that of every crop, (seed, epoch, index), as index < length:
     rng = np.random.default_rng((seed, epoch, length))
     items = epoch * length + rng.permutation(length)
     steps = length // batch
@@ -400,12 +400,12 @@ def make_loader(dataset, workers, device, **options):
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
-            # Start workers directly: Python 3.14's default is a server, which SIGTERM would end.
+            # This process itself starts them. In Python 3.14, a server process does by default,
+            # which a SIGTERM to the process group would end.
             options.setdefault("multiprocessing_context", "fork")
-        # Exit functions run in reverse order: this one before multiprocessing's own.
         atexit.register(kill_workers)
-    return torch.utils.data.DataLoader(dataset, num_workers=workers,
-                                       pin_memory=device.type == "cuda", **options)
+    return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
+        dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 
 
 def ignore_stop_signals(worker):
@@ -416,7 +416,8 @@ def ignore_stop_signals(worker):
 
 def kill_workers():
     """Kill the workers that are left at the end of the program, for example after an error.
-    multiprocessing would send them SIGTERM, which they ignore, and wait for them forever."""
+    As the last registered exit function, this one runs before multiprocessing's own, which would
+    send them SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report killed workers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

@@ -61,7 +61,7 @@ def dice(logits, target, weights):
 
 def ce_dice(logits, target, weights):
     """Cross-entropy + Dice, each with the weights.
-    In Dice, a rare class counts as much as a frequent one. But its gradient with respect to
+    In Dice, a rare class counts as much as a frequent one. But the gradient of Dice with respect to
     the logit of the true class contains the factor p_i (from softmax), so that it is near 0 where
     p_i is near 0. The gradient of cross-entropy, p_i - 1, is largest in size there."""
     return cross_entropy(logits, target, weights) + dice(logits, target, weights)

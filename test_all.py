@@ -914,8 +914,9 @@ def first_steps(until, *options):
 
 def launch(out, *options, pause=0.1, torchrun=False):
     """Start a tiny run in a new process group, with `torchrun` as two processes -> Popen.
-    Reading a frame takes `pause` seconds longer, so that a signal comes during the run."""
-    script = FOLDER / f"{out.name}.py"      # each rank writes the items that it reads to a file
+    Reading an item takes `pause` seconds longer, so that a signal comes during the run, and each
+    rank writes the items of its crops to a file."""
+    script = FOLDER / f"{out.name}.py"
     script.write_text(f"""import multiprocessing, signal, sys, time, torch
 sys.path.insert(0, {str(HERE)!r})
 import data, eval, train, unet
@@ -930,7 +931,7 @@ def read(frames, k, original=data.Cityscapes.__getitem__):
 train.build_model, data.Cityscapes.__getitem__ = tiny, read
 if __name__ == "__main__":
     if sys.platform == "linux":
-        multiprocessing.set_start_method("forkserver")          # the default of Python 3.14
+        multiprocessing.set_start_method("forkserver")          # as Python 3.14 does
     eval.command_line(train.main)
 """)
     words = [script, *new(out), "--save-minutes", "0", *options]
@@ -1095,24 +1096,23 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """First run: step 0 (of one an epoch) is skipped; the halved scale survives a resume. Step 1 is
-    rate x 1.9 g, as any first step; the saved momentum, which began at 0, is g.
-    Second run: every step overflows, and the run ends with one line."""
-    factors = itertools.chain([math.inf], itertools.repeat(1))
-    def build(*args):
+    """Step 0 is skipped (an epoch has one step), and the halved scale survives a resume. Step 1 is
+    rate x 1.9 g, as any first step, and the saved momentum is g, since it began at 0.
+    If every step overflows, the run ends with one line."""
+    def overflowing(*args):
         network = constant()
-        network.bias.register_hook(lambda gradient: gradient * next(factors))
+        network.bias.register_hook(lambda gradient: gradient * math.inf)
         return network
     once, options = FOLDER / "once", ("--data", striped_tree("overflow"), "--amp", "fp16")
-    run(*new(once), *options, until=1, build=build)
-    run("--resume", once, build=build)              # from here on, the factors are 1
+    run(*new(once), *options, until=1, build=overflowing)
+    run("--resume", once, build=constant)
     last = load(once)
     momentum = last["optimizer"]["state"][1]["momentum_buffer"]     # of the bias
     close(torch.eye(19)[0] - last["model"]["bias"], last["log"][1]["lr"] * 1.9 * momentum)
     assert last["scaler"]["scale"] == 65536 / 2
     assert momentum.any()
-    factors, words = itertools.repeat(math.inf), new(FOLDER / "always")
-    assert "--amp off" in one_line(train, *words, *options, "--epochs", "20", build=build)
+    words = *new(FOLDER / "always"), *options, "--epochs", "20"
+    assert "--amp off" in one_line(train, *words, build=overflowing)
 
 
 def test_resume_after_errors_and_signals_is_exact():

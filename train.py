@@ -1,7 +1,6 @@
 """Train a U-Net on Cityscapes, or on generated street scenes if there is no Cityscapes.
 
     python train.py --loss ce                             # anywhere
-    python train.py --data /data/cityscapes --model convnext_tiny --loss ce+dice
     python train.py --resume last.pt                      # continue a run that was stopped
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
@@ -253,8 +252,8 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
     if WORLD_SIZE > 1:
         # BatchNorm's averages (buffers) differ on CPUs, which have no SyncBatchNorm: take rank 0's.
-        # One rank may have a frame less. So call `model`: DistributedDataParallel would wait for
-        # all ranks in each forward pass, SyncBatchNorm only in training mode.
+        # DistributedDataParallel would do so before each frame and wait for all ranks, but one may
+        # have a frame less. So `model` is called. (SyncBatchNorm waits in training mode only.)
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -615,7 +614,7 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(signals)
-                # Ranks may disagree (each has its clock), as no rank waits for another in `save`.
+                # Each rank has its clock; they may disagree, as none waits for another in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
