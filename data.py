@@ -400,8 +400,8 @@ def make_loader(dataset, workers, device, **options):
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
-            # This process itself starts them. In Python 3.14, a server process does by default,
-            # which a SIGTERM to the process group would end.
+            # "fork": this process itself starts the workers. Python 3.14's default, "forkserver",
+            # uses a helper process, which a SIGTERM would end, and the workers with it.
             options.setdefault("multiprocessing_context", "fork")
         atexit.register(kill_workers)
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
@@ -416,7 +416,7 @@ def ignore_stop_signals(worker):
 
 def kill_workers():
     """Kill the workers that are left at the end of the program, for example after an error.
-    As the last registered exit function, this one runs before multiprocessing's own, which would
+    Exit functions run in reverse order, so this one runs before multiprocessing's own, which would
     send them SIGTERM, which they ignore, and wait for them forever."""
     if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report killed workers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

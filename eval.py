@@ -155,13 +155,14 @@ def load_checkpoint(path):
     tensors and plain Python values are read: a file cannot run code. Raises OSError, ValueError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        weights, name = saved["model"], saved["settings"]["model"]
+        weights, name = saved["model"], str(saved["settings"]["model"])
     except OSError:
         raise
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
     missing = {"epoch", "miou", "frame_size"} - saved.keys()
+    missing |= {"loss", "copyblob", "amp", "data"} - saved["settings"].keys()
     if missing or name not in SPECS or not isinstance(weights, dict):
         raise ValueError(f"{path}: incomplete, or its model {name} is not one of SPECS in unet.py")
     return saved

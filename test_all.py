@@ -548,8 +548,7 @@ def test_normalize_uses_imagenet_numbers_in_rgb_order():
     result = data.normalize(rgb.view(1, 3, 1, 1).expand(2, 3, 4, 5))
     for channel, value, mean, std in ((0, 10, 0.485, 0.229), (1, 100, 0.456, 0.224),
                                       (2, 200, 0.406, 0.225)):
-        expected = torch.full((2, 4, 5), (value / 255 - mean) / std)
-        close(result[:, channel], expected)
+        close(result[:, channel], torch.full((2, 4, 5), (value / 255 - mean) / std))
     assert result.dtype == torch.float32
     assert result.is_contiguous(memory_format=torch.channels_last)
 
@@ -902,7 +901,7 @@ def assert_same_run(out, whole):
 
 
 def first_steps(until, *options):
-    """A tiny run up to a step -> its network, the batches that it saw, what was printed."""
+    """A tiny run until before a step -> network with the last gradients, batches, printed text."""
     networks, batches = [], []
     def build(*args):
         networks.append(tiny(""))
@@ -965,7 +964,7 @@ def test_the_first_step_after_init():
     gradient + decay x weight. With --compile, it does the same. It takes the frames of --seed."""
     start = load(whole_run(), "best.pt")["model"]
     words = "--encoder-lr", "0.1", "--weight-decay", "0.5", "--lr", "0.6", "--seed", "1"
-    network, batches, _ = first_steps(1, "--init", whole_run(), *words)     # .grad: of step 0
+    network, batches, _ = first_steps(1, "--init", whole_run(), *words)
     eagerly = functools.partial(torch.compile, backend="eager")     # needs no C compiler
     with mock.patch("torch.compile", side_effect=eagerly) as compiler:
         compiled, _, _ = first_steps(1, "--init", whole_run(), *words, "--compile")
@@ -1075,7 +1074,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
 
 def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
     """All happen in the second epoch, steps 2 and 3, so that last.pt stays that of the first."""
-    def infinite_loss():                            # float16 then leaves the weights as they are
+    def infinite_loss():                            # in float16, the step is skipped
         network.register_forward_hook(lambda network, inputs, output: output * math.inf)
     def infinite_weights():                         # in the last step: no later loss shows them
         network.bias.register_hook(lambda gradient: gradient * math.inf)
@@ -1270,6 +1269,7 @@ def test_bad_command_lines_are_one_line():
     torch.save({"model": Hostile(), "settings": {}}, files / "hostile.pt")
     saved = load(good)
     torch.save({"model": saved["model"], "settings": saved["settings"]}, files / "part.pt")
+    torch.save({**saved, "settings": {"model": "resnet18"}}, files / "bare.pt")
     for name in "u-net", "resnet34":                # what the file says that its model is
         settings = {**saved["settings"], "model": name}
         torch.save({**saved, "settings": settings}, files / f"{name}.pt")
@@ -1288,7 +1288,7 @@ def test_bad_command_lines_are_one_line():
             if module is train and "--resume" not in words:
                 words = [*new(out), *words]
             assert expected in one_line(module, *words), row
-    for name in "junk", "cut", "part", "hostile", "u-net", "missing":
+    for name in "junk", "cut", "part", "bare", "hostile", "u-net", "missing":
         file = f"{files}/{name}.pt"
         assert file in one_line(train, "--resume", file)
         assert file in one_line(train, *new(out), "--init", file)

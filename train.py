@@ -251,9 +251,9 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
     if WORLD_SIZE > 1:
-        # BatchNorm's averages (buffers) differ on CPUs, which have no SyncBatchNorm: take rank 0's.
-        # DistributedDataParallel would do so before each frame and wait for all ranks, but one may
-        # have a frame less. So `model` is called. (SyncBatchNorm waits in training mode only.)
+        # On CPUs, BatchNorm's averages (buffers) differ: take rank 0's. DistributedDataParallel
+        # does so in each forward pass, with all ranks: one with a frame more would wait forever.
+        # Hence `model` is called. Its SyncBatchNorms (GPUs) do not communicate in eval mode.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -305,11 +305,11 @@ def write(path, save_to):
 def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; all values of `run`.
-    last.pt also has the states of `parts`, which only --resume needs. Each rank checks the weights
-    (FloatingPointError if they are not finite), rank 0 writes, and no rank waits for another."""
-    check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
+    last.pt also has the states of `parts`, which only --resume needs. Ranks other than 0 do
+    nothing. Raises FloatingPointError if the weights are not finite, OSError."""
     if RANK != 0:
         return
+    check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     checkpoint = {"model": model.state_dict(), "settings": settings, **vars(run)}
     if path.name == "last.pt":
@@ -438,7 +438,7 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or not {"optimizer", "num_frames"} <= last.keys():    # best.pt, ...
+    if path.name != "last.pt" or not {"optimizer", "scaler", "num_frames"} <= last.keys():
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
@@ -614,7 +614,6 @@ def main(argv=None):
                     check_finite(scaler, [run.loss_sum])
                     prepare_out(out, args, train_set)
                 must_stop = on_any_rank(signals)
-                # Each rank has its clock; they may disagree, as none waits for another in `save`.
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
                     save(out / "last.pt", args, run, model, parts)
