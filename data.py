@@ -105,7 +105,7 @@ def read_label(path):
     if label.mode != "L":
         raise ValueError(f"{path}: has {label.mode} pixels instead of 8-bit ids (mode L); use "
                          "Cityscapes' *_gtFine_labelIds.png files, or save ids, not colors")
-    pixels = label.histogram()                      # of each value, 256
+    pixels = label.histogram()                      # the number of each of 256 values
     wrong = [value for value in range(LAST_LABEL_ID + 1, IGNORE) if pixels[value] > 0]
     if wrong:
         raise ValueError(f"{path}: has the values {wrong[:5]}, but label ids are 0 ... "

@@ -1074,7 +1074,7 @@ def test_runs_without_out_keep_the_files_of_the_run_before():
 
 def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
     """All happen in the second epoch, steps 2 and 3, so that last.pt stays that of the first."""
-    def infinite_loss():                            # in float16, the step is skipped
+    def infinite_loss():                            # float16 skips the step: finite weights
         network.register_forward_hook(lambda network, inputs, output: output * math.inf)
     def infinite_weights():                         # in the last step: no later loss shows them
         network.bias.register_hook(lambda gradient: gradient * math.inf)

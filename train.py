@@ -251,9 +251,9 @@ def seed_step(seed, step):
 def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
     if WORLD_SIZE > 1:
-        # On CPUs, BatchNorm's averages (buffers) differ: take rank 0's. DistributedDataParallel
-        # does so in each forward pass, with all ranks: one with a frame more would wait forever.
-        # Hence `model` is called. Its SyncBatchNorms (GPUs) do not communicate in eval mode.
+        # Without SyncBatchNorm (CPUs), BatchNorm's averages (buffers) differ: take rank 0's. DDP
+        # would copy them in each forward pass, and a rank with one frame more than the others would
+        # wait there forever. So not `network` but `model` is called.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
@@ -306,7 +306,7 @@ def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; all values of `run`.
     last.pt also has the states of `parts`, which only --resume needs. Ranks other than 0 do
-    nothing. Raises FloatingPointError if the weights are not finite, OSError."""
+    nothing. Raises OSError, or FloatingPointError if loss or weights are not finite."""
     if RANK != 0:
         return
     check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
@@ -588,7 +588,7 @@ def main(argv=None):
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
                 f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
-    with stop_signals() as signals:                 # The loop.
+    with stop_signals() as signals:
         while run.epoch < args.epochs:              # finish_epoch increases it
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
@@ -622,7 +622,7 @@ def main(argv=None):
                     end_stopped(signals, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # 0: no scores
+            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, signals)
