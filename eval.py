@@ -487,7 +487,7 @@ def predict_photos(ckpt, device, dtype, args):
     """Write a color map and an overlay of each photo in --images.
     Raises OSError at the end if some could not be read or written."""
     photos, out = find_photos(args.images), args.out
-    if photos[0].resolve().parent in [out.resolve(), (args.labels_out or out).resolve()]:
+    if photos[0].parent.resolve() in [out.resolve(), (args.labels_out or out).resolve()]:
         raise ValueError(f"{photos[0].parent}: holds the photos; choose another folder for results")
     out.mkdir(parents=True, exist_ok=True)
     legend(600).save(out / "legend.png")

@@ -43,7 +43,7 @@ from unet import MODELS, SPECS, build_model
 # torchrun starts WORLD_SIZE processes, each with a RANK from 0; without it, there is one, rank 0.
 # All ranks must call the operations of torch.distributed together, as each waits for the others.
 # NCCL executes them on GPUs, Gloo on CPUs. If one rank fails, torchrun ends the others.
-#     all_reduce      the sum or maximum over all ranks, in place
+#     all_reduce      the sum over all ranks, in place
 #     broadcast       a copy of rank 0's value
 #     barrier         wait until all ranks are here
 RANK = int(os.environ.get("RANK") or 0)
@@ -343,7 +343,7 @@ def move_earlier_run():
     if not found:
         return
     name = "earlier"
-    if "last.pt" in found or "best.pt" in found:
+    with contextlib.suppress(OSError, ValueError):      # no checkpoint, or one of another program
         settings = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))["settings"]
         name = f"{settings['model']}-{settings['loss']}"
     folder, number = Path("runs", name), 1
@@ -378,17 +378,17 @@ def say(text):
         print(text, flush=True)
 
 
-def over_ranks(tensor, operation=dist.ReduceOp.SUM):
-    """The sum or maximum of a tensor over all ranks, in place."""
+def over_ranks(tensor):
+    """The sum of a tensor over all ranks, in place."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(tensor, operation)
+        dist.all_reduce(tensor)
     return tensor
 
 
 def on_any_rank(condition):
     """Whether a condition holds on at least one rank."""
     value = torch.tensor(float(bool(condition)))    # on the CPU: does not wait for the GPU
-    return over_ranks(value, dist.ReduceOp.MAX).item() > 0
+    return over_ranks(value).item() > 0
 
 
 def leave_group():

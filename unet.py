@@ -32,7 +32,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 class BasicBlock(nn.Module):
     """Residual block, relu(x + f(x)), f: two 3x3 convolutions (ResNet, fig. 5 left). f has to learn
-    only the change of x, and the sum passes gradients on to earlier layers as they are.
+    only the change of x, and the sum passes gradients on to earlier layers directly.
     N x channels x H x W -> N x width x ceil(H / stride) x ceil(W / stride)"""
     expansion = 1                       # output channels = expansion * width
 
