@@ -1167,8 +1167,8 @@ def test_signals_to_the_process_group():
         out = FOLDER / f"group-{status}"
         process = launch(out, "--resume", "--workers", workers)
         wait_for_save(process, out)
-        for _ in range(3):
-            time.sleep(0.05)
+        for pause in 0.05, 0.01, 0.01:              # repeated signals, while it waits for data
+            time.sleep(pause)
             os.killpg(process.pid, number)
         told = finish(process)
         line = f"stopped; continue with: python train.py --resume {out / 'last.pt'}\n"
