@@ -625,6 +625,7 @@ def test_epochs_are_permutations_that_depend_on_seed_and_epoch():
     later = np.array(data.epoch_batches(3, 7, 2, seed=0)) - 3 * 7
     other = np.array(data.epoch_batches(0, 7, 2, seed=1))
     for frames in first, later, other:
+        assert frames.shape == (3, 2)
         assert len(np.unique(frames)) == 6
         assert np.isin(frames, range(7)).all()
     assert (first != later).any()
@@ -772,6 +773,7 @@ def test_scenes_hold_every_class_and_four_are_rare():
     for split, fewest in ("train", 20), ("val", 4):
         pixels = data.Cityscapes(FOLDER / "full", split).pixels
         assert ((pixels > 0).sum(axis=0) >= fewest).all()
+        assert (pixels.sum(axis=1) == 124 * 256).all()      # of 128 rows, 4 are ignored
         shares = pixels.sum(axis=0) / pixels.sum()
         assert (shares[data.RARE] < 0.01).all()
         assert len(data.RARE) == 4
@@ -912,8 +914,7 @@ def first_steps(until, *options):
 
 def launch(out, *options, pause=0.1, torchrun=False):
     """Start a tiny run in a new process group, with `torchrun` as two processes -> Popen.
-    Reading an item takes `pause` seconds longer, so that a signal comes during the run, and each
-    rank writes the items of its crops to a file."""
+    An item takes `pause` seconds longer, so that a signal comes in time. Ranks write down items."""
     script = FOLDER / f"{out.name}.py"
     script.write_text(f"""import multiprocessing, signal, sys, time, torch
 sys.path.insert(0, {str(HERE)!r})
@@ -1094,9 +1095,8 @@ def test_a_full_disk_and_numbers_that_are_not_finite_leave_the_last_good_file():
 
 
 def test_float16_gradients_that_overflow():
-    """Step 0 is skipped (an epoch has one step), and the halved scale survives a resume. Step 1 is
-    rate x 1.9 g, as any first step, and the saved momentum is g, since it began at 0.
-    If every step overflows, the run ends with one line."""
+    """Step 0 of 2 is skipped; the halved scale survives a resume. Step 1 is rate x 1.9 g, as any
+    first step: the momentum began at 0. If every step overflows, the run ends with one line."""
     def overflowing(*args):
         network = constant()
         network.bias.register_hook(lambda gradient: gradient * math.inf)
@@ -1357,7 +1357,7 @@ def test_tta_averages_the_probabilities_of_three_scales_and_their_flips():
         assert torch.equal(x, flipped.flip(3))
     def is_dark(x):                                 # of two classes, by the red of each pixel
         return torch.cat([x[:, :1], -x[:, :1]], dim=1)
-    images[..., 32:] = 0                            # dark on the right, also after two flips
+    images[..., 32:] = 0                            # dark on the right
     images[..., :32] = 255
     prediction = evaluation.predict(is_dark, images, tta=True)
     assert torch.equal(prediction, evaluation.predict(is_dark, images))
