@@ -402,8 +402,8 @@ def make_loader(dataset, workers, device, **options):
         if sys.platform == "linux":
             # "fork": this process itself starts the workers. Python 3.14's default, "forkserver",
             # uses a helper process, which a SIGTERM would end, and the workers with it.
-            options.setdefault("multiprocessing_context", "fork")
-        atexit.register(kill_workers)
+            options["multiprocessing_context"] = "fork"
+        atexit.register(kill_workers)               # again for each loader, which is harmless
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
         dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 

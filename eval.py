@@ -120,14 +120,15 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     return Image.fromarray(ids).resize(photo.size, Image.NEAREST), (height, width)
 
 
-def progress(items, describe):
+def progress(items, describe, done=0):
     """Yield the items, and show how far the loop over them is; describe(number) -> a line of text.
-    On a terminal, the line is updated in place; elsewhere, a new line follows every minute."""
+    The first item's number is done + 1. On a terminal, the line is updated in place; elsewhere, a
+    new line follows every minute."""
     start, end, pause = "", "\n", 60                # seconds
     if sys.stdout.isatty():
         start, end, pause = "\r\033[K", "", 0.5     # go to the beginning of the line, and clear it
     shown_at = time.monotonic()
-    for number, item in enumerate(items, start=1):
+    for number, item in enumerate(items, start=done + 1):
         yield item                                  # the body of the loop runs here
         if time.monotonic() - shown_at > pause:
             print(start + describe(number), end=end, flush=True)
@@ -151,7 +152,7 @@ def find_checkpoint(path, names=("best.pt", "last.pt")):
 
 def load_checkpoint(path):
     """Read a best.pt or last.pt -> dict: "model", the weights; "settings", the options of the
-    training; "epoch", "miou", "frame_size" (height, width), and more, see `save` in train.py. Only
+    training; "epoch", "frame_size" (height, width), and more, see `save` in train.py. Only
     tensors and plain Python values are read: a file cannot run code. Raises OSError, ValueError."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,7 +162,7 @@ def load_checkpoint(path):
     except Exception as error:                      # torch.load raises errors of many kinds
         raise ValueError(f"{path}: not a complete checkpoint of train.py, or a file that tries to "
                          f"run code ({type(error).__name__})") from error
-    missing = {"epoch", "miou", "frame_size"} - saved.keys()
+    missing = {"epoch", "frame_size"} - saved.keys()
     missing |= {"loss", "copyblob", "amp", "data"} - saved["settings"].keys()
     if missing or name not in SPECS or not isinstance(weights, dict):
         raise ValueError(f"{path}: incomplete, or its model {name} is not one of SPECS in unet.py")
@@ -454,7 +455,6 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
             if len(rows) < 2:                       # all of them would need much memory
                 rows.append(row)
     result = {"checkpoint": str(ckpt["path"]), "epoch": ckpt["epoch"], "settings": settings}
-    result["val_miou"] = ckpt["miou"]               # as train.py measured it
     result.update(data=str(args.data), split=args.split, images=len(dataset), tta=args.tta)
     result.update(summarize(matrix))
     (out / "metrics.json").write_text(json.dumps(result, indent=1))
@@ -597,8 +597,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = pick_device(args.device)
     ckpts = [load_model(path, device) for path in args.ckpt]
-    for folder in {args.out, args.labels_out or args.out}:
-        if folder.exists() and any(folder.iterdir()):
+    for folder in args.out, args.labels_out:
+        if folder and folder.exists() and any(folder.iterdir()):
             print(f"NOTE: {folder} is not empty; panels and files of equal names are replaced")
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at each epoch's end.
+copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at the end of each
+epoch, before and after its validation.
 
 `main`, at the end of this file, is the whole program. Read it after the note on RANK below.
 
@@ -209,7 +210,7 @@ def build_network(args, device, last):
     return model, network
 
 
-def build_optimizer(model, args):
+def build_optimizer(model, args, dtype):
     """SGD or AdamW. Each group has a `factor` on the rate. 1-D parameters have no decay."""
     has_trained_encoder = args.pretrained or args.init
     parameters_of = {}                              # (factor, decay) -> list of parameters
@@ -222,15 +223,12 @@ def build_optimizer(model, args):
         parameters_of.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
               for (factor, decay), parameters in parameters_of.items()]
-    fused = next(model.parameters()).device.type != "mps"       # faster; not tested on MPS
+    # Fused is faster. Not with float16: PyTorch 2.13's fused SGD has a bug if GradScaler skips the
+    # first step (it then starts from an uninitialized momentum). Not on MPS: untested.
+    fused = dtype != torch.float16 and next(model.parameters()).device.type != "mps"
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
-    optimizer = torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
-    # PyTorch 2.13 has a bug: if GradScaler (float16, see `main`) skips the first step, the
-    # second one uses an uninitialized momentum. So it starts at 0 here: 0.9 x 0 + gradient.
-    for parameter in model.parameters():
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, nesterov=True, fused=fused)
 
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
@@ -249,13 +247,11 @@ def seed_step(seed, step):
 
 
 def validate(model, val_set, device, dtype, workers, signals):
-    """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`."""
+    """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
+    `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
     if WORLD_SIZE > 1:
-        # Without SyncBatchNorm (CPUs), BatchNorm's averages (buffers) differ: take rank 0's. DDP
-        # would copy them in each forward pass, and a rank with one frame more than the others would
-        # wait there forever. So not `network` but `model` is called.
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+        for buffer in model.buffers():              # BatchNorm's averages: rank 0's for all, as
+            dist.broadcast(buffer, 0)               # they differ without SyncBatchNorm
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
     frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
@@ -318,11 +314,16 @@ def save(path, args, run, model, parts):
     write(path, lambda file: torch.save(checkpoint, file))
 
 
-def prepare_out(out, args, train_set):
-    """Make room for the files of a new run, and draw CopyBlob: the largest donor of each class."""
+def first_save(out, args, run, model, parts, train_set):
+    """After step 1 of a new run, which shows that the run works: make room for its files, save
+    last.pt, and draw CopyBlob with the largest donor of each class."""
+    if RANK != 0:
+        return
+    check_finite(parts["scaler"], [run.loss_sum])
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
+    save(out / "last.pt", args, run, model, parts)
     rows = []                                       # frame 0 with the first class, 1 with the next
     pasted_classes = sorted({train_id for _, train_id in train_set.donors})
     for index, train_id in enumerate(pasted_classes):
@@ -361,7 +362,7 @@ def move_earlier_run():
 def write_log(log, out):
     """Write log.csv and curves.png."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, log[-1], extrasaction="ignore")       # rows may be of older code
+    writer = csv.DictWriter(text, log[-1])
     writer.writeheader()
     writer.writerows(log)
     write(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
@@ -429,8 +430,7 @@ def find_run(args):
     if resume is True:                              # a bare --resume
         resume = out if (out / "last.pt").exists() else None
     if resume is None:                              # a new run
-        # copyblob.png (the last name) alone does not count: that run ended before its first save.
-        if args.out and any((out / name).exists() for name in RUN_FILES[:-1]):
+        if args.out and any((out / name).exists() for name in RUN_FILES):
             raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
                              f"or if it has a last.pt, continue that run with --resume {out}")
         return out, None
@@ -438,13 +438,16 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or not {"optimizer", "scaler", "num_frames"} <= last.keys():
+    if path.name != "last.pt" or "scaler" not in last:
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, last
 
 
 def restore(last, run, parts):
-    """Continue from a last.pt: set `run` and `parts`. ValueError for another number of frames."""
+    """Continue from a last.pt: set `run` and `parts`. Raises ValueError if it does not fit."""
+    missing = vars(run).keys() - last.keys()
+    if missing:
+        raise ValueError(f"last.pt lacks {missing}: it is of an older version; use it with --init")
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
@@ -453,8 +456,8 @@ def restore(last, run, parts):
             part.load_state_dict(last[name])
     device = run.loss_sum.device
     for name in vars(run):
-        setattr(run, name, last.get(name, getattr(run, name)))      # an older last.pt lacks some
-    run.loss_sum = run.loss_sum.to(device)
+        setattr(run, name, last[name])
+    run.loss_sum = run.loss_sum.to(device)          # it was saved on any device
 
 
 def timed(items, run):
@@ -480,7 +483,6 @@ def format_row(row, epochs):
 def finish_epoch(args, run, model, parts, out, scores, seconds):
     """Log the epoch (scores: a dict of `summarize`), save best.pt if best so far, and last.pt."""
     run.epoch += 1
-    run.miou = scores["miou"]
     steps = run.step // run.epoch                   # steps of one epoch
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
            "lr": learning_rate(args, run.step - 1, steps)}
@@ -495,8 +497,8 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
     run.log.append(row)
     run.seconds = run.waited = 0.0
     run.loss_sum.zero_()
-    if run.miou is not None and run.miou > run.best_miou:
-        run.best_miou = run.miou
+    if row["miou"] is not None and row["miou"] > run.best_miou:
+        run.best_miou = row["miou"]
         save(out / "best.pt", args, run, model, parts)
     if RANK == 0:
         write_log(run.log, out)
@@ -535,7 +537,8 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)         # its own GPU
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
-    if on_any_rank(last is not None) and last is None:
+    some_rank_resumes = on_any_rank(last is not None)
+    if some_rank_resumes and last is None:
         raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
     choose_options(args, saved)
 
@@ -552,7 +555,7 @@ def main(argv=None):
     say(f"{args.model} from {start}, loss {args.loss}, crop {args.crop}, batch {args.batch}, "
         f"{args.epochs} epochs, {WORLD_SIZE} x {device} {dtype or torch.float32}")
     model, network = build_network(args, device, last)
-    optimizer = build_optimizer(model, args)
+    optimizer = build_optimizer(model, args, dtype)
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
     # loss, divides the gradients again, and skips a step if they overflowed.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -566,7 +569,6 @@ def main(argv=None):
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
         seconds=0.0,                                # that these steps took
         waited=0.0,                                 # seconds of those, spent waiting for data
-        miou=None,                                  # of the weights as they are; None: unknown
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
         num_frames=num_frames,                      # must be equal on resume
@@ -579,10 +581,8 @@ def main(argv=None):
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
-    def step_line(_):               # `progress` would count from 1 after a resume: take run.step
-        """A line for `progress`, after a step. Raises if the loss is not finite."""
-        check_finite(scaler, [run.loss_sum])
-        step = run.step - run.epoch * steps_per_epoch
+    def step_line(step):
+        """A line for `progress`, after a step of the epoch (from 1)."""
         per_step = run.seconds / step
         left = timedelta(seconds=round(per_step * (total_steps - run.step)))
         return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
@@ -593,12 +593,13 @@ def main(argv=None):
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
-            batches = batches[run.step - run.epoch * steps_per_epoch:]      # that are not done yet
+            done = run.step - run.epoch * steps_per_epoch       # not 0 if resumed within the epoch
+            batches = batches[done:]
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
             loader = timed(loader, run)
             if RANK == 0:
-                loader = progress(loader, step_line)
+                loader = progress(loader, step_line, done)
             started = time.monotonic() - run.seconds        # counts time before a resume
             for images, target in loader:
                 for group in optimizer.param_groups:                    # the schedule
@@ -607,29 +608,28 @@ def main(argv=None):
                 loss = train_step(network, loss_function, optimizer, scaler, images, target, dtype)
 
                 run.step += 1
-                run.miou = None
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
                 run.seconds = time.monotonic() - started
-                if run.step == 1 and RANK == 0:     # the run works: its files may be written
-                    check_finite(scaler, [run.loss_sum])
-                    prepare_out(out, args, train_set)
+                if run.step == 1:
+                    first_save(out, args, run, model, parts, train_set)
                 must_stop = on_any_rank(signals)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if run.step == 1 or must_stop or save_is_due:       # step 1: to test the disk
+                if must_stop or save_is_due:
                     save(out / "last.pt", args, run, model, parts)
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(signals, out)
             check_finite(scaler, [run.loss_sum])                # waits for the GPU
             run.seconds = time.monotonic() - started
-            matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)     # scores: None
+            scores = summarize(torch.zeros(len(CLASSES), len(CLASSES)))     # no pixels: all None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, signals)
                 if matrix is None:
                     end_stopped(signals, out)
+                scores = summarize(matrix)
             seconds = time.monotonic() - started
-            finish_epoch(args, run, model, parts, out, summarize(matrix), seconds)
+            finish_epoch(args, run, model, parts, out, scores, seconds)
             saved_at = time.monotonic()
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
