@@ -234,9 +234,8 @@ def place_window(length, crop, zoom, rng):
         zoom 0.5:  the window has 1200 pixels; offset -150 -> 0, 1000, 75, 500
     The second crop has 75 pixels of padding, 500 of the frame, and 25 of padding."""
     window = crop / zoom
-    # A shorter window: 0 <= offset <= length - window; a longer one: length - window <= offset <= 0
-    lowest, highest = sorted([0, length - window])
-    offset = rng.uniform(lowest, highest)
+    room = length - window                          # negative if the window is longer
+    offset = rng.uniform(min(0, room), max(0, room))
     start = max(0, offset)
     end = min(length, offset + window)
     crop_start = round((start - offset) * zoom)

@@ -52,23 +52,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 # ------------------------------------------------------------------------------------ options
 
-DEFAULTS = {
-    "model": "resnet34", "loss": "ce", "class_weights": "none", "copyblob": 0.0, "epochs": 200,
-    "scale": [0.5, 2.0], "val_every": 1, "seed": 0, "device": "auto", "amp": "auto",
-    "compile": False, "save_minutes": 5.0}
-SCENES_DEFAULTS = {     # of scenes, instead of those above: a small network, many steps
-    "model": "resnet18", "epochs": 10, "scale": [0.8, 1.25], "batch": 2, "pretrained": False}
-OPTIMIZER_DEFAULTS = {
-    "sgd": {"encoder_lr": 0.5, "weight_decay": 5e-4},
-    "adamw": {"encoder_lr": 0.1, "weight_decay": 0.01, "lr": 0.001}}
-# Options that may be changed on resume, although some of them change the results of the run.
-MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "save_minutes",
-              "val_every"}
-
-
 def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
-    a line here, without a default, and its default in DEFAULTS. Raises ValueError."""
+    a line here, without a default, and its default in choose_options. Raises ValueError."""
     parser = OptionParser(__doc__.split("`main`")[0])           # what comes before is for --help
     add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
     add("--data", type=path_option, help="data folder (default: $CITYSCAPES_DATASET, else scenes)")
@@ -83,7 +69,7 @@ def parse_args(argv=None):
         help="height and width of training crops (default: 512 1024, or a smaller frame's)")
     add("--scale", type=number_in(0.01, 100), nargs=2, metavar=("MIN", "MAX"),
         help="range of the random zoom (default: 0.5 2; for scenes 0.8 1.25)")
-    add("--optimizer", choices=OPTIMIZER_DEFAULTS, help="(default: sgd; for Conv(U)NeXt adamw)")
+    add("--optimizer", choices=["sgd", "adamw"], help="(default: sgd; for Conv(U)NeXt adamw)")
     add("--lr", type=number_in(1e-9, 1e3), help="peak learning rate (default: sgd 0.0015 x batch, "
         "for scenes 0.025 x batch; adamw 0.001)")
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
@@ -111,12 +97,16 @@ def parse_args(argv=None):
     return args
 
 
+# Options that may be changed on resume, although some of them change the results of the run.
+MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "save_minutes",
+              "val_every"}
+
+
 def choose_options(args, saved):
-    """Fill in the options that were not typed, each from the first of these that has it: on resume
-    the `saved` settings of last.pt; $CITYSCAPES_DATASET; the checkpoint of --init (its model); for
-    scenes SCENES_DEFAULTS; DEFAULTS; the model's row in SPECS; OPTIMIZER_DEFAULTS. (--crop is left
-    to build_data, --workers to make_loader.) Draws scenes if there are none. Raises ValueError."""
-    def fill(values):
+    """Fill in the options that were not typed: on resume, from the `saved` settings of last.pt;
+    else with the defaults below, of which the first one counts. (That of --crop is in build_data,
+    that of --workers in make_loader.) Draws the scenes if they are needed. Raises ValueError."""
+    def fill(**values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
                 setattr(args, name, value)
@@ -125,8 +115,8 @@ def choose_options(args, saved):
         if typed not in (None, value) and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')} is {value} in the run to resume; leave "
                              "this option out, or start a new run in another --out")
-    fill(saved)
-    fill({"data": os.environ.get("CITYSCAPES_DATASET") or None})
+    fill(**saved)
+    fill(data=os.environ.get("CITYSCAPES_DATASET") or None)
     if args.data is None:
         args.data = "scenes"
         say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
@@ -138,15 +128,19 @@ def choose_options(args, saved):
     if args.init and args.model is None:
         args.model = load_checkpoint(find_checkpoint(args.init))["settings"]["model"]
     is_scenes = (Path(args.data) / SCENES_MARK).exists()
-    if is_scenes:
-        fill(SCENES_DEFAULTS)
-    fill(DEFAULTS)
+    if is_scenes:                                   # a small network, many steps
+        fill(model="resnet18", epochs=10, scale=[0.8, 1.25], batch=2, pretrained=False)
+    fill(model="resnet34", loss="ce", class_weights="none", copyblob=0.0, epochs=200)
+    fill(scale=[0.5, 2.0], val_every=1, seed=0)
+    fill(device="auto", amp="auto", compile=False, save_minutes=5.0)
     spec = SPECS[args.model]
-    fill({"optimizer": spec.optimizer, "batch": spec.batch})
-    fill({"pretrained": spec.url is not None and not args.init})
-    fill(OPTIMIZER_DEFAULTS[args.optimizer])
-    # SGD's rate grows with the batch (Goyal et al. 2017, arXiv 1706.02677). AdamW's is set above.
-    fill({"lr": args.batch * (0.025 if is_scenes else 0.0015)})
+    fill(optimizer=spec.optimizer, batch=spec.batch)
+    fill(pretrained=spec.url is not None and not args.init)
+    if args.optimizer == "sgd":     # the rate grows with the batch (Goyal 2017, arXiv 1706.02677)
+        rate = 0.025 if is_scenes else 0.0015
+        fill(lr=rate * args.batch, encoder_lr=0.5, weight_decay=5e-4)
+    else:
+        fill(lr=0.001, encoder_lr=0.1, weight_decay=0.01)
 
 
 # ---------------------------------------------------------------------- the parts of the run
@@ -461,11 +455,13 @@ def restore(last, run, parts):
 
 
 def timed(items, run):
-    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
+    """Yield the items, and add to `run.waited` the seconds of waiting for each, and to
+    `run.seconds` those and the seconds that the body of the loop took."""
     asked = time.monotonic()
     for item in items:
         run.waited += time.monotonic() - asked
-        yield item
+        yield item                                  # the body of the loop runs here
+        run.seconds += time.monotonic() - asked
         asked = time.monotonic()
 
 
@@ -481,7 +477,8 @@ def format_row(row, epochs):
 
 
 def finish_epoch(args, run, model, parts, out, scores, seconds):
-    """Log the epoch (scores: a dict of `summarize`), save best.pt if best so far, and last.pt."""
+    """Log the epoch, save best.pt if it is the best so far, and last.pt.
+    scores: a dict of `summarize`; seconds: those that the validation took."""
     run.epoch += 1
     steps = run.step // run.epoch                   # steps of one epoch
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
@@ -490,7 +487,7 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
         row[key] = scores[key]
     row["images_per_s"] = steps * args.batch / run.seconds
     row["data_wait"] = run.waited / run.seconds
-    row["seconds"] = seconds                        # of training and validation
+    row["seconds"] = run.seconds + seconds
     row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30          # peak; 0 on a CPU
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
@@ -567,7 +564,7 @@ def main(argv=None):
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
-        seconds=0.0,                                # that these steps took
+        seconds=0.0,                                # that these steps took, see `timed`
         waited=0.0,                                 # seconds of those, spent waiting for data
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
@@ -597,11 +594,9 @@ def main(argv=None):
             batches = batches[done:]
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
-            loader = timed(loader, run)
             if RANK == 0:
                 loader = progress(loader, step_line, done)
-            started = time.monotonic() - run.seconds        # counts time before a resume
-            for images, target in loader:
+            for images, target in timed(loader, run):
                 for group in optimizer.param_groups:                    # the schedule
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
                 seed_step(args.seed, run.step)
@@ -609,7 +604,6 @@ def main(argv=None):
 
                 run.step += 1
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
-                run.seconds = time.monotonic() - started
                 if run.step == 1:
                     first_save(out, args, run, model, parts, train_set)
                 must_stop = on_any_rank(signals)
@@ -619,8 +613,8 @@ def main(argv=None):
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(signals, out)
-            check_finite(scaler, [run.loss_sum])                # waits for the GPU
-            run.seconds = time.monotonic() - started
+            check_finite(scaler, [run.loss_sum])
+            started = time.monotonic()
             scores = summarize(torch.zeros(len(CLASSES), len(CLASSES)))     # no pixels: all None
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 save(out / "last.pt", args, run, model, parts)
@@ -628,8 +622,7 @@ def main(argv=None):
                 if matrix is None:
                     end_stopped(signals, out)
                 scores = summarize(matrix)
-            seconds = time.monotonic() - started
-            finish_epoch(args, run, model, parts, out, scores, seconds)
+            finish_epoch(args, run, model, parts, out, scores, time.monotonic() - started)
             saved_at = time.monotonic()
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
