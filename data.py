@@ -385,6 +385,12 @@ def epoch_batches(epoch, length, batch, seed):
     return items[:steps * batch].reshape(steps, batch).tolist()
 
 
+# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. But the
+# main process still needs its workers to finish a step. So they ignore both signals. Therefore:
+# - Workers that are left when the program ends (after an error) are killed. Python would send them
+#   SIGTERM, which they ignore, and wait for them forever.
+# - On Linux, the main process itself starts the workers ("fork"). Python 3.14's default uses a
+#   helper process, which does not ignore SIGTERM, and whose end ends the workers.
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -399,8 +405,6 @@ def make_loader(dataset, workers, device, **options):
     if workers > 0:
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
-            # "fork": this process itself starts the workers. Python 3.14's default, "forkserver",
-            # uses a helper process, which a SIGTERM would end, and the workers with it.
             options["multiprocessing_context"] = "fork"
         atexit.register(kill_workers)               # again for each loader, which is harmless
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
@@ -408,15 +412,13 @@ def make_loader(dataset, workers, device, **options):
 
 
 def ignore_stop_signals(worker):
-    """Make a worker process ignore Ctrl-C and SIGTERM: the main process finishes its step first."""
+    """Make a worker process ignore Ctrl-C (SIGINT) and SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def kill_workers():
-    """Kill the workers that are left at the end of the program, for example after an error.
-    Exit functions run in reverse order, so this one runs before multiprocessing's own, which would
-    send them SIGTERM, which they ignore, and wait for them forever."""
+    """Kill the workers that are left, before Python's own exit function waits for them."""
     if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report killed workers
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():

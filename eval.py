@@ -7,7 +7,7 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width. train.py imports some functions from here.
+the whole split. Sizes are height x width.
 """
 import argparse
 import errno
@@ -121,9 +121,8 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
 
 
 def progress(items, describe, done=0):
-    """Yield the items, and show how far the loop over them is; describe(number) -> a line of text.
-    The first item's number is done + 1. On a terminal, the line is updated in place; elsewhere, a
-    new line follows every minute."""
+    """Yield the items, and show how far the loop is: describe(done + 1), ... -> a line of text.
+    On a terminal, the line is updated in place; elsewhere, a new line follows every minute."""
     start, end, pause = "", "\n", 60                # seconds
     if sys.stdout.isatty():
         start, end, pause = "\r\033[K", "", 0.5     # go to the beginning of the line, and clear it
@@ -189,13 +188,13 @@ def load_weights(model, saved, path, new_head=False):
 
 
 def load_model(path, device):
-    """Rebuild the network of a checkpoint -> load_checkpoint's dict, with "path" and "network"."""
+    """Rebuild a network -> the dict of load_checkpoint, with the network as "model", and "path"."""
     path = find_checkpoint(path)
     saved = load_checkpoint(path)
-    network = build_model(saved["settings"]["model"], len(CLASSES))
-    load_weights(network, saved, path)
-    network.to(device, memory_format=torch.channels_last)
-    return {**saved, "path": path, "network": network}
+    model = build_model(saved["settings"]["model"], len(CLASSES))
+    load_weights(model, saved, path)
+    model.to(device, memory_format=torch.channels_last)
+    return {**saved, "path": path, "model": model}
 
 
 # ------------------------------------------------------- scores and tables (also for train.py)
@@ -438,7 +437,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
-    frames = predictions(ckpt["network"], dataset, device, dtype, args.tta, args.workers)
+    frames = predictions(ckpt["model"], dataset, device, dtype, args.tta, args.workers)
     frames = progress(frames, lambda number: f"frame {number}/{len(dataset)}")
     for index, (image, label, prediction) in enumerate(frames):
         prediction = prediction.cpu()
@@ -491,12 +490,12 @@ def predict_photos(ckpt, device, dtype, args):
         raise ValueError(f"{photos[0].parent}: holds the photos; choose another folder for results")
     out.mkdir(parents=True, exist_ok=True)
     legend(600).save(out / "legend.png")
-    network = ckpt["network"].eval()
+    model = ckpt["model"].eval()
     pixels, failures = np.zeros(len(CLASSES), np.int64), 0
     for file in photos:
         try:
             photo = read_image(file)
-            ids, size = predict_photo(network, photo, ckpt["frame_size"], device, dtype, args.tta)
+            ids, size = predict_photo(model, photo, ckpt["frame_size"], device, dtype, args.tta)
             colors = Image.fromarray(PALETTE[np.asarray(ids)])
             colors.save(out / f"{file.stem}_color.png")
             Image.blend(photo, colors, 0.5).save(out / f"{file.stem}_overlay.png")

@@ -1189,7 +1189,7 @@ def test_two_processes():
     os.killpg(process.pid, signal.SIGINT)
     told = finish(process)
     assert process.returncode != 0 and load(out)["epoch"] < 2
-    assert told.count("stopped; continue with: python train.py --resume ") == 1, told
+    assert told.count("stopped; continue with: torchrun ... train.py --resume ") == 1, told
     told = finish(launch(out, "--resume", pause=0, torchrun=True))
     assert told.count("resnet18 from step") == told.count("epoch 2/2") == 1, told
     finish(undisturbed)

@@ -189,7 +189,7 @@ def build_network(args, device, last):
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
     if last is not None:
-        load_weights(model, last, "last.pt")
+        load_weights(model, last, last["path"])
     elif args.init and RANK == 0:
         path = find_checkpoint(args.init)
         load_weights(model, load_checkpoint(path), path, new_head=True)
@@ -244,8 +244,8 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
     `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
     if WORLD_SIZE > 1:
-        for buffer in model.buffers():              # BatchNorm's averages: rank 0's for all, as
-            dist.broadcast(buffer, 0)               # they differ without SyncBatchNorm
+        for buffer in model.buffers():      # BatchNorm's averages differ without SyncBatchNorm:
+            dist.broadcast(buffer, 0)       # take rank 0's, as DDP does before each forward pass
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
     frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
@@ -261,12 +261,15 @@ def validate(model, val_set, device, dtype, workers, signals):
     return over_ranks(matrix).cpu()
 
 
-def check_finite(scaler, tensors):
-    """Raise FloatingPointError if a tensor is not finite, or if the float16 gradients always
-    overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
-    if not torch.stack([tensor.isfinite().all() for tensor in tensors]).all():
+def check_finite(run, model, parts):
+    """Raise FloatingPointError if loss or weights are not finite, or if the float16 gradients
+    always overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
+    tensors = [run.loss_sum, *model.state_dict().values()]
+    is_finite = [tensor.isfinite().all() for tensor in tensors]
+    if not torch.stack(is_finite).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
                                  "--amp off; last.pt, if there is one, holds an earlier step")
+    scaler = parts["scaler"]
     if scaler.is_enabled() and scaler.get_scale() < 1:
         raise FloatingPointError("the float16 gradients always overflow; use --amp off or bf16, "
                                  "or lower --lr")
@@ -296,10 +299,10 @@ def save(path, args, run, model, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; all values of `run`.
     last.pt also has the states of `parts`, which only --resume needs. Ranks other than 0 do
-    nothing. Raises OSError, or FloatingPointError if loss or weights are not finite."""
+    nothing. Raises OSError, FloatingPointError (see check_finite)."""
     if RANK != 0:
         return
-    check_finite(parts["scaler"], [run.loss_sum, *model.state_dict().values()])
+    check_finite(run, model, parts)
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     checkpoint = {"model": model.state_dict(), "settings": settings, **vars(run)}
     if path.name == "last.pt":
@@ -313,7 +316,7 @@ def first_save(out, args, run, model, parts, train_set):
     last.pt, and draw CopyBlob with the largest donor of each class."""
     if RANK != 0:
         return
-    check_finite(parts["scaler"], [run.loss_sum])
+    check_finite(run, model, parts)
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
@@ -411,7 +414,8 @@ def stop_signals():
 
 def end_stopped(signals, out):
     """End the program after a signal, when all is saved. The status is 128 + signal."""
-    say(f"stopped; continue with: python train.py --resume {out / 'last.pt'}")
+    start = "python" if WORLD_SIZE == 1 else "torchrun ..."
+    say(f"stopped; continue with: {start} train.py --resume {out / 'last.pt'}")
     leave_group()
     sys.exit(128 + (signals or [signal.SIGTERM])[0])   # another rank may have got the signal
 
@@ -432,16 +436,16 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or "scaler" not in last:
+    if path.name != "last.pt" or "scaler" not in last:  # a copy would replace the last.pt beside it
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
-    return path.parent, last
+    return path.parent, {**last, "path": path}
 
 
 def restore(last, run, parts):
     """Continue from a last.pt: set `run` and `parts`. Raises ValueError if it does not fit."""
     missing = vars(run).keys() - last.keys()
     if missing:
-        raise ValueError(f"last.pt lacks {missing}: it is of an older version; use it with --init")
+        raise ValueError(f"{last['path']}: lacks {missing} (an old version?); use it with --init")
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
@@ -455,13 +459,11 @@ def restore(last, run, parts):
 
 
 def timed(items, run):
-    """Yield the items, and add to `run.waited` the seconds of waiting for each, and to
-    `run.seconds` those and the seconds that the body of the loop took."""
+    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
     asked = time.monotonic()
     for item in items:
         run.waited += time.monotonic() - asked
         yield item                                  # the body of the loop runs here
-        run.seconds += time.monotonic() - asked
         asked = time.monotonic()
 
 
@@ -476,18 +478,22 @@ def format_row(row, epochs):
             f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
 
 
+# Of an epoch without validation: no pixel is counted, and each score is None.
+NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES)))
+
+
 def finish_epoch(args, run, model, parts, out, scores, seconds):
     """Log the epoch, save best.pt if it is the best so far, and last.pt.
-    scores: a dict of `summarize`; seconds: those that the validation took."""
+    scores: a dict of `summarize`; seconds: those of training and validation."""
     run.epoch += 1
-    steps = run.step // run.epoch                   # steps of one epoch
+    steps = run.num_frames[0] // args.batch         # of one epoch
     row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
            "lr": learning_rate(args, run.step - 1, steps)}
     for key in "pixel_accuracy", "miou", "mean_dice":
         row[key] = scores[key]
     row["images_per_s"] = steps * args.batch / run.seconds
     row["data_wait"] = run.waited / run.seconds
-    row["seconds"] = run.seconds + seconds
+    row["seconds"] = seconds
     row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30          # peak; 0 on a CPU
     for c in CLASSES:
         row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
@@ -530,8 +536,8 @@ def main(argv=None):
     out, last = find_run(args)
     saved = last["settings"] if last else {}
     device = pick_device(args.device or saved.get("device", "auto"))
-    if WORLD_SIZE > 1 and device.type == "cuda":    # Gloo is for on_any_rank
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)         # its own GPU
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPUs; Gloo for on_any_rank's tensor
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
     some_rank_resumes = on_any_rank(last is not None)
@@ -564,7 +570,7 @@ def main(argv=None):
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
-        seconds=0.0,                                # that these steps took, see `timed`
+        seconds=0.0,                                # that these steps took
         waited=0.0,                                 # seconds of those, spent waiting for data
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
@@ -594,9 +600,11 @@ def main(argv=None):
             batches = batches[done:]
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
+            loader = timed(loader, run)
             if RANK == 0:
                 loader = progress(loader, step_line, done)
-            for images, target in timed(loader, run):
+            started = time.monotonic() - run.seconds        # as if the epoch had not been stopped
+            for images, target in loader:
                 for group in optimizer.param_groups:                    # the schedule
                     group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
                 seed_step(args.seed, run.step)
@@ -604,6 +612,7 @@ def main(argv=None):
 
                 run.step += 1
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
+                run.seconds = time.monotonic() - started
                 if run.step == 1:
                     first_save(out, args, run, model, parts, train_set)
                 must_stop = on_any_rank(signals)
@@ -613,11 +622,9 @@ def main(argv=None):
                     saved_at = time.monotonic()
                 if must_stop:
                     end_stopped(signals, out)
-            check_finite(scaler, [run.loss_sum])
-            started = time.monotonic()
-            scores = summarize(torch.zeros(len(CLASSES), len(CLASSES)))     # no pixels: all None
+            save(out / "last.pt", args, run, model, parts)
+            scores = NO_SCORES
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
-                save(out / "last.pt", args, run, model, parts)
                 matrix = validate(model, val_set, device, dtype, args.workers, signals)
                 if matrix is None:
                     end_stopped(signals, out)

@@ -419,7 +419,7 @@ def load_imagenet(encoder, url):
         ) from error
 
 
-# ---------------------------------------- faster training on a CPU: same results, safe to skip
+# ------------------------------ faster training on a CPU: equal up to rounding, safe to skip
 
 class DepthwiseConv(nn.Conv2d):
     """A 7x7 convolution with a filter for each channel, trained on a CPU with `FastDepthwise`."""
