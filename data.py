@@ -385,12 +385,12 @@ def epoch_batches(epoch, length, batch, seed):
     return items[:steps * batch].reshape(steps, batch).tolist()
 
 
-# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. But the
-# main process still needs its workers to finish a step. So they ignore both signals. Therefore:
-# - Workers that are left when the program ends (after an error) are killed. Python would send them
-#   SIGTERM, which they ignore, and wait for them forever.
-# - On Linux, the main process itself starts the workers ("fork"). Python 3.14's default uses a
-#   helper process, which does not ignore SIGTERM, and whose end ends the workers.
+# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. The main
+# process then finishes a step, for which it needs its workers. So they ignore both signals. But:
+# - If the main process ends with an error, Python sends SIGTERM to the workers, and waits for their
+#   end: forever. So kill_workers is called before that (last registered, first called).
+# - On Linux, Python 3.14 starts workers from a helper process. SIGTERM ends the helper, and workers
+#   end with the process that started them. With "fork", this is the main process.
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -418,8 +418,8 @@ def ignore_stop_signals(worker):
 
 
 def kill_workers():
-    """Kill the workers that are left, before Python's own exit function waits for them."""
-    if hasattr(signal, "SIGCHLD"):      # PyTorch's handler would report killed workers
+    """Kill the workers that are left."""
+    if hasattr(signal, "SIGCHLD"):      # its handler (PyTorch's) would report their end as an error
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()

@@ -104,8 +104,8 @@ MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "sa
 
 def choose_options(args, saved):
     """Fill in the options that were not typed: on resume, from the `saved` settings of last.pt;
-    else with the defaults below, of which the first one counts. (That of --crop is in build_data,
-    that of --workers in make_loader.) Draws the scenes if they are needed. Raises ValueError."""
+    else with the defaults below, of which the first one counts. (Those of --data and --crop are in
+    build_data, that of --workers is in make_loader.) Raises ValueError."""
     def fill(**values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
@@ -116,18 +116,11 @@ def choose_options(args, saved):
             raise ValueError(f"--{name.replace('_', '-')} is {value} in the run to resume; leave "
                              "this option out, or start a new run in another --out")
     fill(**saved)
-    fill(data=os.environ.get("CITYSCAPES_DATASET") or None)
-    if args.data is None:
-        args.data = "scenes"
-        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
-        if RANK == 0:
-            make_scenes(args.data)
-        if WORLD_SIZE > 1:
-            dist.barrier()
-    args.data = str(Path(os.path.expanduser(args.data)).resolve())      # eval.py may run elsewhere
+    if os.environ.get("CITYSCAPES_DATASET"):
+        fill(data=path_option(os.environ["CITYSCAPES_DATASET"]))
+    is_scenes = args.data is None or (Path(args.data) / SCENES_MARK).exists()
     if args.init and args.model is None:
         args.model = load_checkpoint(find_checkpoint(args.init))["settings"]["model"]
-    is_scenes = (Path(args.data) / SCENES_MARK).exists()
     if is_scenes:                                   # a small network, many steps
         fill(model="resnet18", epochs=10, scale=[0.8, 1.25], batch=2, pretrained=False)
     fill(model="resnet34", loss="ce", class_weights="none", copyblob=0.0, epochs=200)
@@ -146,7 +139,16 @@ def choose_options(args, saved):
 # ---------------------------------------------------------------------- the parts of the run
 
 def build_data(args, device):
-    """Build training set (random crops), validation set (whole frames), and loss function."""
+    """Build training set (random crops), validation set (whole frames), and loss function.
+    Without --data, the frames are generated scenes, which are drawn at the first run."""
+    if args.data is None:
+        args.data = "scenes"
+        say("GENERATED SCENES, not Cityscapes: neither --data nor $CITYSCAPES_DATASET is given")
+        if RANK == 0:
+            make_scenes(args.data)
+        if WORLD_SIZE > 1:
+            dist.barrier()
+    args.data = str(Path(args.data).resolve())      # eval.py may run in another folder
     val_set = Cityscapes(args.data, "val")
     if args.crop is None:                           # 512 x 1024, or the frame if it is smaller
         height, width = val_set[0][1].shape
@@ -184,7 +186,7 @@ def build_network(args, device, last):
     Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
     same step. Each rank divides its loss by the labeled pixels of its own frames, so that the step
-    differs a little from one process with all frames. SyncBatchNorm normalizes over all of them."""
+    differs a little from one process with all frames. SyncBatchNorm (GPUs) normalizes over all."""
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
@@ -244,7 +246,7 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
     `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
     if WORLD_SIZE > 1:
-        for buffer in model.buffers():      # BatchNorm's averages differ without SyncBatchNorm:
+        for buffer in model.buffers():      # without SyncBatchNorm (CPUs), its averages differ:
             dist.broadcast(buffer, 0)       # take rank 0's, as DDP does before each forward pass
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
     frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
@@ -316,7 +318,7 @@ def first_save(out, args, run, model, parts, train_set):
     last.pt, and draw CopyBlob with the largest donor of each class."""
     if RANK != 0:
         return
-    check_finite(run, model, parts)
+    check_finite(run, model, parts)                 # before files are moved
     if args.out is None:
         move_earlier_run()
     out.mkdir(parents=True, exist_ok=True)
@@ -436,7 +438,8 @@ def find_run(args):
     if args.out and out.resolve() != path.parent.resolve():
         raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
     last = load_checkpoint(path)
-    if path.name != "last.pt" or "scaler" not in last:  # a copy would replace the last.pt beside it
+    # The run will write last.pt here, so a file of another name is refused. best.pt has no scaler.
+    if path.name != "last.pt" or "scaler" not in last:
         raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
     return path.parent, {**last, "path": path}
 
@@ -479,7 +482,7 @@ def format_row(row, epochs):
 
 
 # Of an epoch without validation: no pixel is counted, and each score is None.
-NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES)))
+NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64))
 
 
 def finish_epoch(args, run, model, parts, out, scores, seconds):
@@ -530,12 +533,11 @@ def main(argv=None):
 
         for each epoch:
             for each batch: train_step; perhaps save last.pt; stop if a signal came
-            perhaps save last.pt and validate; write best.pt, log.csv, curves.png, last.pt"""
-    # Options and device. In choose_options, ranks wait for rank 0: this needs the process group.
+            save last.pt; perhaps validate; write best.pt, log.csv, curves.png, last.pt"""
     args = parse_args(argv)
     out, last = find_run(args)
-    saved = last["settings"] if last else {}
-    device = pick_device(args.device or saved.get("device", "auto"))
+    choose_options(args, saved=last["settings"] if last else {})
+    device = pick_device(args.device)
     if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPUs; Gloo for on_any_rank's tensor
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
@@ -543,7 +545,6 @@ def main(argv=None):
     some_rank_resumes = on_any_rank(last is not None)
     if some_rank_resumes and last is None:
         raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
-    choose_options(args, saved)
 
     # Data, network, optimizer.
     train_set, val_set, loss_function = build_data(args, device)
@@ -564,8 +565,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"optimizer": optimizer, "scaler": scaler}          # their states are in last.pt
 
-    # Position. After a stop during the validation, all steps of the epoch are done, but run.epoch
-    # is not yet increased: the loop then finds no batches left, and validates again.
+    # Position, and what else best.pt and last.pt hold.
     run = Namespace(
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
@@ -596,7 +596,8 @@ def main(argv=None):
             network.train()
             torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
-            done = run.step - run.epoch * steps_per_epoch       # not 0 if resumed within the epoch
+            # Steps that were done before a resume: all, if the run was stopped in the validation.
+            done = run.step - run.epoch * steps_per_epoch
             batches = batches[done:]
             batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
             loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
@@ -630,7 +631,6 @@ def main(argv=None):
                     end_stopped(signals, out)
                 scores = summarize(matrix)
             finish_epoch(args, run, model, parts, out, scores, time.monotonic() - started)
-            saved_at = time.monotonic()
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
         say(f"now: python eval.py --ckpt {out / 'best.pt'}")
