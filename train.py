@@ -305,7 +305,8 @@ def save(path, args, run, model, parts):
     if RANK != 0:
         return
     check_finite(run, model, parts)
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    settings = vars(args).copy()
+    del settings["out"], settings["resume"]
     checkpoint = {"model": model.state_dict(), "settings": settings, **vars(run)}
     if path.name == "last.pt":
         for name, part in parts.items():
@@ -316,8 +317,6 @@ def save(path, args, run, model, parts):
 def first_save(out, args, run, model, parts, train_set):
     """After step 1 of a new run, which shows that the run works: make room for its files, save
     last.pt, and draw CopyBlob with the largest donor of each class."""
-    if RANK != 0:
-        return
     check_finite(run, model, parts)                 # before files are moved
     if args.out is None:
         move_earlier_run()
@@ -455,10 +454,9 @@ def restore(last, run, parts):
     for name, part in parts.items():
         if last[name]:                              # a scaler that is not active has no state
             part.load_state_dict(last[name])
-    device = run.loss_sum.device
+    last["loss_sum"] = last["loss_sum"].to(run.loss_sum.device)
     for name in vars(run):
         setattr(run, name, last[name])
-    run.loss_sum = run.loss_sum.to(device)          # it was saved on any device
 
 
 def timed(items, run):
@@ -468,6 +466,17 @@ def timed(items, run):
         run.waited += time.monotonic() - asked
         yield item                                  # the body of the loop runs here
         asked = time.monotonic()
+
+
+def format_step(args, run, step, steps_per_epoch):
+    """A line of text for `progress`, after a step of the epoch (from 1)."""
+    per_step = run.seconds / step
+    steps_left = args.epochs * steps_per_epoch - run.step
+    left = timedelta(seconds=round(per_step * steps_left))
+    loss = run.loss_sum.item() / step
+    speed = args.batch / per_step
+    return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
+            f"loss {loss:.3f}  {speed:.1f} img/s  left {left}")
 
 
 def format_row(row, epochs):
@@ -550,7 +559,6 @@ def main(argv=None):
     train_set, val_set, loss_function = build_data(args, device)
     num_frames = [len(train_set), len(val_set)]
     steps_per_epoch = len(train_set) // args.batch
-    total_steps = args.epochs * steps_per_epoch
     dtype = pick_amp(args.amp, device)
     start = "ImageNet weights" if args.pretrained else args.init or "random weights"
     if last is not None:
@@ -565,8 +573,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"optimizer": optimizer, "scaler": scaler}          # their states are in last.pt
 
-    # Position, and what else best.pt and last.pt hold.
-    run = Namespace(
+    run = Namespace(                                # all of this is in best.pt and last.pt
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
@@ -578,18 +585,11 @@ def main(argv=None):
         frame_size=list(val_set[0][1].shape))       # height, width; for eval.py --images
     if last is not None:
         restore(last, run, parts)
-        if run.step > total_steps:
+        if run.step > args.epochs * steps_per_epoch:
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
         if not (out / "best.pt").exists():          # only last.pt was copied here
             run.best_miou = -1.0
     saved_at = time.monotonic()
-
-    def step_line(step):
-        """A line for `progress`, after a step of the epoch (from 1)."""
-        per_step = run.seconds / step
-        left = timedelta(seconds=round(per_step * (total_steps - run.step)))
-        return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  loss "
-                f"{run.loss_sum.item() / step:.3f}  {args.batch / per_step:.1f} img/s  left {left}")
 
     with stop_signals() as signals:
         while run.epoch < args.epochs:              # finish_epoch increases it
@@ -598,12 +598,12 @@ def main(argv=None):
             batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
             # Steps that were done before a resume: all, if the run was stopped in the validation.
             done = run.step - run.epoch * steps_per_epoch
-            batches = batches[done:]
-            batches = [batch[RANK::WORLD_SIZE] for batch in batches]    # this rank's items
-            loader = make_loader(train_set, args.workers, device, batch_sampler=batches)
+            own_batches = [batch[RANK::WORLD_SIZE] for batch in batches[done:]]
+            loader = make_loader(train_set, args.workers, device, batch_sampler=own_batches)
             loader = timed(loader, run)
             if RANK == 0:
-                loader = progress(loader, step_line, done)
+                loader = progress(
+                    loader, lambda step: format_step(args, run, step, steps_per_epoch), done)
             started = time.monotonic() - run.seconds        # as if the epoch had not been stopped
             for images, target in loader:
                 for group in optimizer.param_groups:                    # the schedule
@@ -614,7 +614,7 @@ def main(argv=None):
                 run.step += 1
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
                 run.seconds = time.monotonic() - started
-                if run.step == 1:
+                if run.step == 1 and RANK == 0:
                     first_save(out, args, run, model, parts, train_set)
                 must_stop = on_any_rank(signals)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
