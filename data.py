@@ -247,7 +247,7 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     """Zoom and crop, color jitter, flip: RGB and label Pillow images -> two of size `crop`.
 
     A window of the frame is resized to the crop, so that zoom and crop are one operation. Height
-    and width are placed separately; in the second drawing, the window is taller than the frame.
+    and width are placed separately: the second window is taller than the frame, but narrower.
 
         frame                               window
         +--------------------+              +-----------+
@@ -362,7 +362,7 @@ def enet_weights(pixels):
 def median_weights(pixels):
     """median(f) / f, f: share in the frames that show the class (Eigen 2014, arXiv 1411.4734)."""
     holds = pixels > 0                              # bool frames x classes
-    labeled = holds.T @ pixels.sum(axis=1)          # for each class, in the frames that hold it
+    labeled = holds.T @ pixels.sum(axis=1)          # classes: labeled pixels of frames that hold it
     f = pixels.sum(axis=0) / np.maximum(1, labeled)
     return np.where(f > 0, np.median(f[f > 0]) / np.maximum(f, 1e-30), 0)
 
@@ -387,10 +387,10 @@ def epoch_batches(epoch, length, batch, seed):
 
 # Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. The main
 # process then finishes a step, for which it needs its workers. So they ignore both signals. But:
-# - If the main process ends with an error, Python sends SIGTERM to the workers, and waits for their
-#   end: forever. So kill_workers is called before that (last registered, first called).
-# - On Linux, Python 3.14 starts workers from a helper process. SIGTERM ends the helper, and workers
-#   end with the process that started them. With "fork", this is the main process.
+# - If the main process ends with an error, Python's multiprocessing module sends SIGTERM to the
+#   workers at the exit, and waits for their end: forever. Our exit function kills them before.
+# - PyTorch's workers end when they see that the process that started them is gone. On Linux, Python
+#   3.14 starts them from a helper process, which SIGTERM ends. So we ask for "fork".
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -406,7 +406,7 @@ def make_loader(dataset, workers, device, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
-        atexit.register(kill_workers)               # again for each loader, which is harmless
+        atexit.register(kill_workers)   # called first, as it is registered last; twice is harmless
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
         dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 

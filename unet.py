@@ -218,8 +218,8 @@ class UNet(nn.Module):
 
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also if the
     layers are computed in 16 bits (autocast). The input is padded with zeros (the mean color, once
-    normalized) to multiples of 32; the output is cropped back. `widths`: the decoder's channels,
-    coarsest first, one for each skip (ConvNeXt: the first three); fewer leave the finest unused.
+    normalized) to multiples of 32; the output is cropped back. `widths`: the channels of the Ups,
+    coarsest first. ConvNeXt has only three. With fewer widths, the finest skips are not used.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
