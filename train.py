@@ -103,9 +103,9 @@ MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "sa
 
 
 def choose_options(args, saved):
-    """Fill in the options that were not typed: on resume, from the `saved` settings of last.pt;
-    else with the defaults below, of which the first one counts. (Those of --data and --crop are in
-    build_data, that of --workers is in make_loader.) Raises ValueError."""
+    """Fill in the options that were not typed. Each `fill` sets only those that have no value yet:
+    first, on resume, the `saved` settings of last.pt; then the defaults. (Those of --data and --crop
+    are in build_data, that of --workers is in make_loader.) Raises ValueError."""
     def fill(**values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
@@ -263,10 +263,10 @@ def validate(model, val_set, device, dtype, workers, signals):
     return over_ranks(matrix).cpu()
 
 
-def check_finite(run, model, parts):
+def check_finite(run, parts):
     """Raise FloatingPointError if loss or weights are not finite, or if the float16 gradients
     always overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
-    tensors = [run.loss_sum, *model.state_dict().values()]
+    tensors = [run.loss_sum, *parts["model"].state_dict().values()]
     is_finite = [tensor.isfinite().all() for tensor in tensors]
     if not torch.stack(is_finite).all():
         raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
@@ -297,31 +297,31 @@ def write(path, save_to):
         raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def save(path, args, run, model, parts):
+def save(name, args, run, parts):
     """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
     last step. Both hold "model", the weights; "settings", the options; all values of `run`.
-    last.pt also has the states of `parts`, which only --resume needs. Ranks other than 0 do
-    nothing. Raises OSError, FloatingPointError (see check_finite)."""
+    last.pt also has the states of the other `parts`, which only --resume needs. Ranks other than 0
+    do nothing. Raises OSError, FloatingPointError (see check_finite)."""
     if RANK != 0:
         return
-    check_finite(run, model, parts)
+    check_finite(run, parts)
     settings = vars(args).copy()
     del settings["out"], settings["resume"]
-    checkpoint = {"model": model.state_dict(), "settings": settings, **vars(run)}
-    if path.name == "last.pt":
-        for name, part in parts.items():
-            checkpoint[name] = part.state_dict()
-    write(path, lambda file: torch.save(checkpoint, file))
+    checkpoint = {"settings": settings, **vars(run)}
+    for key, part in parts.items():
+        if key == "model" or name == "last.pt":
+            checkpoint[key] = part.state_dict()
+    write(args.out / name, lambda file: torch.save(checkpoint, file))
 
 
-def first_save(out, args, run, model, parts, train_set):
+def first_save(args, run, parts, train_set):
     """After step 1 of a new run, which shows that the run works: make room for its files, save
     last.pt, and draw CopyBlob with the largest donor of each class."""
-    check_finite(run, model, parts)                 # before files are moved
-    if args.out is None:
+    check_finite(run, parts)                        # before files are moved
+    if args.out == Path():                          # the default
         move_earlier_run()
-    out.mkdir(parents=True, exist_ok=True)
-    save(out / "last.pt", args, run, model, parts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    save("last.pt", args, run, parts)
     rows = []                                       # frame 0 with the first class, 1 with the next
     pasted_classes = sorted({train_id for _, train_id in train_set.donors})
     for index, train_id in enumerate(pasted_classes):
@@ -333,7 +333,7 @@ def first_save(out, args, run, model, parts, train_set):
                      (f"CopyBlob of a {CLASSES[train_id].name}", np.asarray(pasted)),
                      ("new label", PALETTE[np.asarray(new_label)])])
     if rows:
-        write(out / "copyblob.png", lambda file: picture_grid(rows).save(file, "PNG"))
+        write(args.out / "copyblob.png", lambda file: picture_grid(rows).save(file, "PNG"))
 
 
 def move_earlier_run():
@@ -413,10 +413,10 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def end_stopped(signals, out):
+def end_stopped(args, signals):
     """End the program after a signal, when all is saved. The status is 128 + signal."""
     start = "python" if WORLD_SIZE == 1 else "torchrun ..."
-    say(f"stopped; continue with: {start} train.py --resume {out / 'last.pt'}")
+    say(f"stopped; continue with: {start} train.py --resume {args.out / 'last.pt'}")
     leave_group()
     sys.exit(128 + (signals or [signal.SIGTERM])[0])   # another rank may have got the signal
 
@@ -494,7 +494,7 @@ def format_row(row, epochs):
 NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64))
 
 
-def finish_epoch(args, run, model, parts, out, scores, seconds):
+def finish_epoch(args, run, parts, scores, seconds):
     """Log the epoch, save best.pt if it is the best so far, and last.pt.
     scores: a dict of `summarize`; seconds: those of training and validation."""
     run.epoch += 1
@@ -514,10 +514,10 @@ def finish_epoch(args, run, model, parts, out, scores, seconds):
     run.loss_sum.zero_()
     if row["miou"] is not None and row["miou"] > run.best_miou:
         run.best_miou = row["miou"]
-        save(out / "best.pt", args, run, model, parts)
+        save("best.pt", args, run, parts)
     if RANK == 0:
-        write_log(run.log, out)
-    save(out / "last.pt", args, run, model, parts)
+        write_log(run.log, args.out)
+    save("last.pt", args, run, parts)
     say(format_row(row, args.epochs))
 
 
@@ -544,7 +544,7 @@ def main(argv=None):
             for each batch: train_step; perhaps save last.pt; stop if a signal came
             save last.pt; perhaps validate; write best.pt, log.csv, curves.png, last.pt"""
     args = parse_args(argv)
-    out, last = find_run(args)
+    args.out, last = find_run(args)
     choose_options(args, saved=last["settings"] if last else {})
     device = pick_device(args.device)
     if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPUs; Gloo for on_any_rank's tensor
@@ -553,7 +553,7 @@ def main(argv=None):
         dist.init_process_group("gloo")
     some_rank_resumes = on_any_rank(last is not None)
     if some_rank_resumes and last is None:
-        raise ValueError(f"{out}: not all processes find last.pt; all machines must share --out")
+        raise ValueError(f"{args.out}: not all processes find last.pt; all machines must share it")
 
     # Data, network, optimizer.
     train_set, val_set, loss_function = build_data(args, device)
@@ -571,7 +571,7 @@ def main(argv=None):
     # The scaler is active in float16 only, where small gradients would become 0: it multiplies the
     # loss, divides the gradients again, and skips a step if they overflowed.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    parts = {"optimizer": optimizer, "scaler": scaler}          # their states are in last.pt
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}      # have a state_dict()
 
     run = Namespace(                                # all of this is in best.pt and last.pt
         epoch=0,                                    # completed and logged
@@ -587,7 +587,7 @@ def main(argv=None):
         restore(last, run, parts)
         if run.step > args.epochs * steps_per_epoch:
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
-        if not (out / "best.pt").exists():          # only last.pt was copied here
+        if not (args.out / "best.pt").exists():     # only last.pt was copied here
             run.best_miou = -1.0
     saved_at = time.monotonic()
 
@@ -615,25 +615,25 @@ def main(argv=None):
                 run.loss_sum += over_ranks(loss) / WORLD_SIZE
                 run.seconds = time.monotonic() - started
                 if run.step == 1 and RANK == 0:
-                    first_save(out, args, run, model, parts, train_set)
+                    first_save(args, run, parts, train_set)
                 must_stop = on_any_rank(signals)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
                 if must_stop or save_is_due:
-                    save(out / "last.pt", args, run, model, parts)
+                    save("last.pt", args, run, parts)
                     saved_at = time.monotonic()
                 if must_stop:
-                    end_stopped(signals, out)
-            save(out / "last.pt", args, run, model, parts)
+                    end_stopped(args, signals)
+            save("last.pt", args, run, parts)
             scores = NO_SCORES
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 matrix = validate(model, val_set, device, dtype, args.workers, signals)
                 if matrix is None:
-                    end_stopped(signals, out)
+                    end_stopped(args, signals)
                 scores = summarize(matrix)
-            finish_epoch(args, run, model, parts, out, scores, time.monotonic() - started)
+            finish_epoch(args, run, parts, scores, time.monotonic() - started)
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
-        say(f"now: python eval.py --ckpt {out / 'best.pt'}")
+        say(f"now: python eval.py --ckpt {args.out / 'best.pt'}")
     leave_group()
     return run.log
 
