@@ -53,8 +53,8 @@ TRAIN_ID = {c.name: train_id for train_id, c in enumerate(CLASSES)}
 
 LABEL_TO_TRAIN = np.full(256, IGNORE, np.uint8)     # for targets, class weights and CopyBlob
 LABEL_TO_TRAIN[LABEL_IDS] = np.arange(len(CLASSES))
-# Uncomment this to count trailers (label id 30) as trucks. Scores are then not Cityscapes' own.
-# LABEL_TO_TRAIN[30] = TRAIN_ID["truck"]
+# Uncomment this to count trailers (label id 30) as trucks (27). Scores are then not Cityscapes'.
+# LABEL_TO_TRAIN[30] = LABEL_TO_TRAIN[27]
 TRAIN_TO_LABEL = np.full(256, IGNORE, np.uint8)     # the inverse, for the official scorer
 TRAIN_TO_LABEL[:len(CLASSES)] = LABEL_IDS
 
@@ -323,8 +323,8 @@ def find_donors(pixels):
     donors = [pair for pair in shown if pair[1] in RARE]
     if not donors:
         names = ", ".join(CLASSES[train_id].name for train_id in RARE)
-        raise ValueError(f"--copyblob has nothing to paste: no training frame shows one of {names} "
-                         f"on {LEAST_SHARE:.1%} of its labeled pixels; see RARE in data.py")
+        raise ValueError("--copyblob has nothing to paste: no training frame shows a class of RARE in "
+                         f"data.py ({names}) on {LEAST_SHARE:.1%} of its labeled pixels")
     return donors
 
 

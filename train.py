@@ -445,7 +445,7 @@ def find_run(args):
 
 def restore(last, run, parts):
     """Continue from a last.pt: set `run` and `parts`. Raises ValueError if it does not fit."""
-    missing = vars(run).keys() - last.keys()
+    missing = {*vars(run), *parts} - last.keys()
     if missing:
         raise ValueError(f"{last['path']}: lacks {missing} (an old version?); use it with --init")
     if last["num_frames"] != run.num_frames:
