@@ -323,8 +323,8 @@ def find_donors(pixels):
     donors = [pair for pair in shown if pair[1] in RARE]
     if not donors:
         names = ", ".join(CLASSES[train_id].name for train_id in RARE)
-        raise ValueError("--copyblob has nothing to paste: no training frame shows a class of RARE in "
-                         f"data.py ({names}) on {LEAST_SHARE:.1%} of its labeled pixels")
+        raise ValueError("--copyblob has nothing to paste: no training frame shows a class of RARE "
+                         f"({names}; in data.py) on {LEAST_SHARE:.1%} of its labeled pixels")
     return donors
 
 
