@@ -388,9 +388,9 @@ def epoch_batches(epoch, length, batch, seed):
 # Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. The main
 # process then finishes a step, for which it needs its workers. So they ignore both signals. But:
 # - If the main process ends with an error, Python's multiprocessing module sends SIGTERM to the
-#   workers at the exit, and waits for their end: forever. Our exit function kills them before.
-# - PyTorch's workers end when they see that the process that started them is gone. On Linux, Python
-#   3.14 starts them from a helper process, which SIGTERM ends. So we ask for "fork".
+#   workers, and waits forever, as they ignore it. Before that, our exit function kills them.
+# - PyTorch's workers end when the process that started them ends. On Linux, Python 3.14 starts them
+#   from a helper process, which does not ignore SIGTERM. So we ask for "fork" (they use no GPU).
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -406,7 +406,7 @@ def make_loader(dataset, workers, device, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
-        atexit.register(kill_workers)   # called first, as it is registered last; twice is harmless
+        atexit.register(kill_workers)   # called before multiprocessing's, registered first
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
         dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 

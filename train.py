@@ -181,7 +181,8 @@ def build_data(args, device):
 
 def build_network(args, device, last):
     """Build the network -> (model, network): what is saved and validated, what a step calls.
-    Its weights are random, of ImageNet (--pretrained), of a checkpoint (--init), or of a last.pt.
+    Its weights are random, of ImageNet (--pretrained), or of a checkpoint (--init). On resume
+    (`last`), they are loaded by `restore`.
     `network` is `model` or a wrapper around it, with the same weights and mode (train, eval).
     Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
@@ -190,9 +191,7 @@ def build_network(args, device, last):
     torch.manual_seed(args.seed)
     pretrained = args.pretrained and last is None and RANK == 0         # DDP copies rank 0's
     model = build_model(args.model, len(CLASSES), pretrained)
-    if last is not None:
-        load_weights(model, last, last["path"])
-    elif args.init and RANK == 0:
+    if args.init and last is None and RANK == 0:
         path = find_checkpoint(args.init)
         load_weights(model, load_checkpoint(path), path, new_head=True)
     model = model.to(device, memory_format=torch.channels_last)
@@ -451,6 +450,7 @@ def restore(last, run, parts):
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
+    load_weights(parts["model"], last, last["path"])        # an error is one line
     for name, part in parts.items():
         if last[name]:                              # a scaler that is not active has no state
             part.load_state_dict(last[name])
@@ -618,7 +618,7 @@ def main(argv=None):
                     first_save(args, run, parts, train_set)
                 must_stop = on_any_rank(signals)
                 save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if must_stop or save_is_due:
+                if must_stop or save_is_due:        # of other ranks, `save` saves nothing
                     save("last.pt", args, run, parts)
                     saved_at = time.monotonic()
                 if must_stop:
