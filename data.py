@@ -193,11 +193,9 @@ class Cityscapes(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.images)
 
-    def __iter__(self):     # without it, `for` would not end, as self[k] is valid for every k
-        for index in range(len(self)):
-            yield self[index]
-
     def __getitem__(self, k):
+        if self.crop is None and k >= len(self):    # ends a `for` over whole frames
+            raise IndexError(k)
         epoch, index = divmod(k, len(self))
         image, label = self.read(index)
         if self.crop is not None:

@@ -431,10 +431,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
           f"copyblob {settings['copyblob']:g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
-    for old in out.glob("panel_[0-9]*_*.png"):       # of an earlier evaluation
-        old.unlink()
     chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().astype(int)
-    rows = []
+    rows, written = [], set()
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
     frames = predictions(ckpt["model"], dataset, device, dtype, args.tta, args.workers)
@@ -450,9 +448,13 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
         if index in chosen:
             title = "/".join(ckpt["path"].resolve().parts[-2:])         # folder and file
             row = panel(image, label, prediction, f"prediction of {title}")
-            picture_grid([row]).save(out / f"panel_{index}_{dataset.names[index]}.png")
+            path = out / f"panel_{index}_{dataset.names[index]}.png"
+            picture_grid([row]).save(path)
+            written.add(path)
             if len(rows) < 2:                       # all of them would need much memory
                 rows.append(row)
+    for old in set(out.glob("panel_[0-9]*_*.png")) - written:       # of an earlier evaluation
+        old.unlink()
     result = {"checkpoint": str(ckpt["path"]), "epoch": ckpt["epoch"], "settings": settings}
     result.update(data=str(args.data), split=args.split, images=len(dataset), tta=args.tta)
     result.update(summarize(matrix))

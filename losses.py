@@ -30,13 +30,12 @@ def cross_entropy(logits, target, weights):
     return _pixel_mean(nll, target, weights)
 
 
-def focal(logits, target, weights, gamma=2.0):
-    """Focal loss: sum_i w(y_i) (1 - p_i)^gamma (-log p_i) / sum_i w(y_i).
-    Easy pixels, p near 1, hardly count. gamma is 0 (cross-entropy) or >= 1: between, autograd gives
-    NaN at p = 1 (infinity x 0). The weights do not change p_i, the softmax. Shapes as above.
-    Lin et al. 2017, arXiv 1708.02002, eq. 5 (there w is called alpha)."""
+def focal(logits, target, weights):
+    """Focal loss: sum_i w(y_i) (1 - p_i)^2 (-log p_i) / sum_i w(y_i).
+    Easy pixels, p near 1, hardly count. The weights do not change p_i (softmax). Shapes as above.
+    Lin et al. 2017, arXiv 1708.02002, eq. 5 with gamma = 2 (there w is called alpha)."""
     nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none")
-    return _pixel_mean((1 - torch.exp(-nll)) ** gamma * nll, target, weights)
+    return _pixel_mean((1 - torch.exp(-nll)) ** 2 * nll, target, weights)
 
 
 def dice(logits, target, weights):

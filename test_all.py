@@ -321,7 +321,6 @@ def test_losses_equal_their_formulas_with_and_without_class_weights():
             assert name in expected, f"add the formula of {name} to loop_losses"
             close(losses.build_loss(name, class_weights)(logits, target), expected[name])
         close(F.cross_entropy(logits, target, w, ignore_index=255), expected["ce"])
-        close(losses.focal(logits, target, w, gamma=0.0), expected["ce"])
     assert {"ce", "dice", "focal", "ce+dice"} <= set(losses.LOSSES)
 
 

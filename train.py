@@ -219,7 +219,8 @@ def build_optimizer(model, args, dtype):
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
               for (factor, decay), parameters in parameters_of.items()]
     # Fused is faster. Not with float16: PyTorch 2.13's fused SGD has a bug if GradScaler skips the
-    # first step (it then starts from an uninitialized momentum). Not on MPS: untested.
+    # first step (it then starts from an uninitialized momentum). Not on MPS: untested. (Saved with
+    # the optimizer: a resumed run stays as it began.)
     fused = dtype != torch.float16 and next(model.parameters()).device.type != "mps"
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
