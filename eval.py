@@ -432,7 +432,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
           f"copyblob {settings['copyblob']:g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
     chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().astype(int)
-    rows, written = [], set()
+    rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
     frames = predictions(ckpt["model"], dataset, device, dtype, args.tta, args.workers)
@@ -450,11 +450,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
             row = panel(image, label, prediction, f"prediction of {title}")
             path = out / f"panel_{index}_{dataset.names[index]}.png"
             picture_grid([row]).save(path)
-            written.add(path)
             if len(rows) < 2:                       # all of them would need much memory
                 rows.append(row)
-    for old in set(out.glob("panel_[0-9]*_*.png")) - written:       # of an earlier evaluation
-        old.unlink()
     result = {"checkpoint": str(ckpt["path"]), "epoch": ckpt["epoch"], "settings": settings}
     result.update(data=str(args.data), split=args.split, images=len(dataset), tta=args.tta)
     result.update(summarize(matrix))
@@ -600,7 +597,7 @@ def main(argv=None):
     ckpts = [load_model(path, device) for path in args.ckpt]
     for folder in args.out, args.labels_out:
         if folder and folder.exists() and any(folder.iterdir()):
-            print(f"NOTE: {folder} is not empty; panels and files of equal names are replaced")
+            print(f"NOTE: {folder} is not empty; files of equal names are replaced")
     if args.labels_out:
         args.labels_out.mkdir(parents=True, exist_ok=True)
     dtype = pick_amp(args.amp or ckpts[0]["settings"]["amp"], device)

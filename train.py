@@ -451,9 +451,9 @@ def restore(last, run, parts):
     if last["num_frames"] != run.num_frames:
         raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
                          f"run began with {last['num_frames']}; restore them, or start a new run")
-    load_weights(parts["model"], last, last["path"])        # an error is one line
+    load_weights(parts["model"], last, last["path"])
     for name, part in parts.items():
-        if last[name]:                              # a scaler that is not active has no state
+        if name != "model" and last[name]:          # a scaler that is not active has no state
             part.load_state_dict(last[name])
     last["loss_sum"] = last["loss_sum"].to(run.loss_sum.device)
     for name in vars(run):
@@ -632,6 +632,7 @@ def main(argv=None):
                     end_stopped(args, signals)
                 scores = summarize(matrix)
             finish_epoch(args, run, parts, scores, time.monotonic() - started)
+            saved_at = time.monotonic()
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
         say(f"now: python eval.py --ckpt {args.out / 'best.pt'}")
