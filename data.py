@@ -387,8 +387,8 @@ def epoch_batches(epoch, length, batch, seed):
 # process then finishes a step, for which it needs its workers. So they ignore both signals. But:
 # - If the main process ends with an error, Python's multiprocessing module sends SIGTERM to the
 #   workers, and waits forever, as they ignore it. Before that, our exit function kills them.
-# - PyTorch's workers end when the process that started them ends. On Linux, Python 3.14 starts them
-#   from a helper process, which does not ignore SIGTERM. So we ask for "fork" (they use no GPU).
+# - On Linux, Python 3.14 starts workers from a helper process, which dies of SIGTERM, and PyTorch's
+#   workers end when the process that started them is gone. So we ask for "fork" (they use no GPU).
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -404,7 +404,7 @@ def make_loader(dataset, workers, device, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
-        atexit.register(kill_workers)   # called before multiprocessing's, registered first
+        atexit.register(kill_workers)   # last registered, so called before multiprocessing's own
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
         dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
 

@@ -246,8 +246,9 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
     `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
     if WORLD_SIZE > 1:
-        for buffer in model.buffers():      # BatchNorm's averages: take rank 0's. After a step,
-            dist.broadcast(buffer, 0)       # they differ without SyncBatchNorm (on CPUs).
+        # On CPUs (no SyncBatchNorm), BatchNorm's averages are of a rank's own frames: take rank 0's.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
     frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
@@ -257,7 +258,7 @@ def validate(model, val_set, device, dtype, workers, signals):
     for _, label, prediction in results:
         matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
         if signals:
-            break                                   # all ranks meet in the next line
+            break                                   # the next line waits for the other ranks
     if on_any_rank(signals):
         return None
     return over_ranks(matrix).cpu()
