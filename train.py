@@ -246,7 +246,7 @@ def validate(model, val_set, device, dtype, workers, signals):
     """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
     `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
     if WORLD_SIZE > 1:
-        # On CPUs (no SyncBatchNorm), BatchNorm's averages are of a rank's own frames: take rank 0's.
+        # On CPUs (no SyncBatchNorm), BatchNorm's averages are of each rank's frames: take rank 0's.
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
     torch.backends.cudnn.benchmark = False          # frames may have many sizes
