@@ -1244,11 +1244,11 @@ WRONG_FOR_TRAIN = """\
 --data {folder} => leftImg8bit_trainvaltest.zip; --resume {good}/typo.pt => has best.pt, last.pt
 --data {folder}/no-train => gtFine/train; --data {folder}/no-val => gtFine/val; --resume ''
 --out {good} => --resume {good}; --model convunext --pretrained => --no-pretrained
---model resnet34 --init {good} => of resnet18 with 19 classes; --out ''
+--resume {files} => last.pt: lacks; --model resnet34 --init {good} => of resnet18 with 19 classes
 --resume {good}/best.pt => resume from the last.pt; --resume {files}/copy.pt => resume from the last
 --data ~nosuchuser/x; --epochs 0; --epoch 2; --batch -1; --batch 7; --lr nan; --lr 0; --crop 32 32
 --copyblob 1.5; --workers -1; --workers 1001; --seed x; --scale 0 1; --scale 2 1; --loss mse
---model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''"""
+--model vgg; --color red; --device cuda:99; --init x --pretrained; --data ''; --init ''; --out ''"""
 WRONG_FOR_EVAL = """\
 --ckpt {files}/resnet34.pt => of resnet34 with 19 classes
 --ckpt {files}/nan.pt --out {out} => not finite; --ckpt {good} --split x => splits there: train, val
@@ -1271,6 +1271,7 @@ def test_bad_command_lines_are_one_line():
     for name in "u-net", "resnet34":                # what the file says that its model is
         settings = {**saved["settings"], "model": name}
         torch.save({**saved, "settings": settings}, files / f"{name}.pt")
+    torch.save({key: saved[key] for key in saved.keys() - {"waited"}}, files / "last.pt")
     saved["model"]["head.bias"][0] = math.nan
     torch.save(saved, files / "nan.pt")
     striped_tree("no-train", [[0] * 4] * 2)
