@@ -104,8 +104,8 @@ MAY_CHANGE = {"data", "epochs", "lr", "workers", "device", "amp", "compile", "sa
 
 def choose_options(args, saved):
     """Fill in the options that were not typed. Each `fill` sets only those that have no value yet:
-    first, on resume, the `saved` settings of last.pt; then the defaults. (Those of --data and
-    --crop are in build_data, that of --workers is in make_loader.) Raises ValueError."""
+    first, on resume, the `saved` settings of last.pt; then $CITYSCAPES_DATASET and the defaults.
+    (Those of --data and --crop are in build_data, of --workers in make_loader.) ValueError."""
     def fill(**values):
         for name, value in values.items():
             if getattr(args, name, None) is None:
