@@ -358,7 +358,8 @@ def enet_weights(pixels):
 
 
 def median_weights(pixels):
-    """median(f) / f, f: share in the frames that show the class (Eigen 2014, arXiv 1411.4734)."""
+    """median(f) / f, f: share in the frames that show the class (Eigen 2014, arXiv 1411.4734).
+    Unlike those of `enet_weights`, these weights have no limit."""
     holds = pixels > 0                              # bool frames x classes
     labeled = holds.T @ pixels.sum(axis=1)          # classes: labeled pixels of frames that hold it
     f = pixels.sum(axis=0) / np.maximum(1, labeled)

@@ -7,7 +7,8 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width.
+the whole split. Sizes are height x width. train.py predicts its validation frames, reads
+checkpoints, and reads its command line with functions of this file.
 """
 import argparse
 import errno
@@ -31,48 +32,7 @@ from unet import SPECS, build_model
 
 NAMES = [c.name for c in CLASSES]
 
-# -------------------------------------------------- device and precision (also for train.py)
-
-def pick_device(name="auto"):
-    """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
-    under torchrun is GPU LOCAL_RANK, this process's number on its machine. Raises ValueError."""
-    if name == "auto":
-        name = "cpu"
-        if torch.accelerator.is_available():
-            name = torch.accelerator.current_accelerator().type
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(device)           # else PyTorch also takes memory on GPU 0
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu, or under "
-                         "torchrun as many processes as there are GPUs") from error
-    return device
-
-
-def pick_amp(name, device):
-    """The dtype for autocast, which computes convolutions and matrix products in 16 bits (weights
-    and their gradients stay float32): torch.bfloat16; torch.float16, of a smaller range; or
-    None (float32). "auto" is bfloat16 on CUDA GPUs that have it, else float16 there; bfloat16 on a
-    CPU with matrix units for it (AMX); else float32. Raises ValueError."""
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if name == "bf16" and not has_bf16:
-        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp auto")
-    if name == "auto":
-        name = "off"
-        if device.type == "cuda":
-            name = "bf16" if has_bf16 else "fp16"
-        elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):   # not in torch 2.6
-            if torch.cpu.get_capabilities().get("amx_bf16"):
-                name = "bf16"
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-
-
-# ------------------------------------------------------------- prediction (also for train.py)
+# -------------------------------------------------------------------------------- prediction
 
 @torch.no_grad()
 def predict(model, images, dtype=None, tta=False):
@@ -121,21 +81,17 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
 
 
 def progress(items, describe, done=0):
-    """Yield the items, and show how far the loop is: describe(done + 1), ... -> a line of text.
-    On a terminal, the line is updated in place; elsewhere, a new line follows every minute."""
-    start, end, pause = "", "\n", 60                # seconds
-    if sys.stdout.isatty():
-        start, end, pause = "\r\033[K", "", 0.5     # go to the beginning of the line, and clear it
-    shown_at = time.monotonic()
+    """Yield the items, and print every 30 seconds how far the loop is: the text describe(number),
+    where the first item has the number done + 1."""
+    printed_at = time.monotonic()
     for number, item in enumerate(items, start=done + 1):
         yield item                                  # the body of the loop runs here
-        if time.monotonic() - shown_at > pause:
-            print(start + describe(number), end=end, flush=True)
-            shown_at = time.monotonic()
-    print(start, end="", flush=True)
+        if time.monotonic() - printed_at > 30:
+            print(describe(number), flush=True)
+            printed_at = time.monotonic()
 
 
-# ------------------------------------------------------------ checkpoints (also for train.py)
+# ------------------------------------------------------------------------------- checkpoints
 
 def find_checkpoint(path, names=("best.pt", "last.pt")):
     """The path of a checkpoint; in the folder of a run, the first of `names`. FileNotFoundError."""
@@ -197,7 +153,7 @@ def load_model(path, device):
     return {**saved, "path": path, "model": model}
 
 
-# ------------------------------------------------------- scores and tables (also for train.py)
+# -------------------------------------------------------------------------- scores and tables
 
 def summarize(matrix):
     """All scores of a confusion matrix (int64 C x C) as plain Python values; None for NaN."""
@@ -263,13 +219,14 @@ def comparison(names, results):
 def predicted_shares(pixels):
     """Text: the predicted classes by their share of the pixels (int C), largest first."""
     shares = pixels / max(1, pixels.sum())
-    text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in np.argsort(-shares) if shares[i] > 0)
+    order = np.argsort(-shares)
+    text = ", ".join(f"{NAMES[i]} {shares[i]:.1%}" for i in order if shares[i] > 0)
     if shares.max() > 0.95:
         text += "\nWARNING: nearly all pixels have one class; are the pictures as in training?"
     return f"predicted: {text}"
 
 
-# --------------------------------------------------------------- pictures (also for train.py)
+# ---------------------------------------------------------------------------------- pictures
 
 PALETTE = np.zeros((256, 3), np.uint8)              # train id -> color; 255 is black
 PALETTE[:len(CLASSES)] = [c.color for c in CLASSES]
@@ -375,7 +332,7 @@ def curves_picture(log):
     return picture
 
 
-# ------------------------------------------------------------------- scoring the frames of a split
+# ------------------------------------------------------------- scoring the frames of a split
 
 def report_unused(paths, say=print):
     """Say in one line how many files are not read, if there are any."""
@@ -431,7 +388,8 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
           f"copyblob {settings['copyblob']:g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = np.linspace(0, len(dataset) - 1, min(args.panels, len(dataset))).round().astype(int)
+    count = min(args.panels, len(dataset))          # of the frames to draw, at equal distances
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
     pixels = np.zeros(len(CLASSES), np.int64)       # predicted as each class
@@ -463,7 +421,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     return result, rows
 
 
-# --------------------------------------------------------------------------------- photos
+# ------------------------------------------------------------------------------------ photos
 
 PHOTO_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -514,17 +472,46 @@ def predict_photos(ckpt, device, dtype, args):
         raise OSError(f"{failures} of {len(photos)} photos failed, see above")
 
 
-# ------------------------------------------- the command line (its helpers also for train.py)
+# -------------------------------------------------------------------------- the command line
 
-class OptionParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ValueError, so that a notebook can catch it."""
+def pick_device(name="auto"):
+    """A torch.device by name; "auto" is the GPU if there is one (cuda, mps, ...), else cpu. "cuda"
+    under torchrun is GPU LOCAL_RANK, this process's number on its machine. Raises ValueError."""
+    if name == "auto":
+        name = "cpu"
+        if torch.accelerator.is_available():
+            name = torch.accelerator.current_accelerator().type
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.set_device(device)           # else PyTorch also takes memory on GPU 0
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try --device cpu, or under "
+                         "torchrun as many processes as there are GPUs") from error
+    return device
 
-    def __init__(self, description):
-        super().__init__(description=description, usage=argparse.SUPPRESS, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message):
-        raise ValueError(message)
+def pick_amp(name, device):
+    """The dtype for autocast, which computes convolutions and matrix products in 16 bits (weights
+    and their gradients stay float32): torch.bfloat16; torch.float16, of a smaller range; or
+    None (float32; in a GPU's convolutions TF32, PyTorch's default). "auto" is bfloat16 on CUDA
+    GPUs that have it, else float16 there; bfloat16 on a CPU with matrix units for it (AMX); else
+    float32. Raises ValueError."""
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and not has_bf16:
+        raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp auto")
+    if name == "auto":
+        name = "off"
+        if device.type == "cuda":
+            name = "bf16" if has_bf16 else "fp16"
+        elif device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):   # not in torch 2.6
+            if torch.cpu.get_capabilities().get("amx_bf16"):
+                name = "bf16"
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
 def number_in(low, high, kind=float):
@@ -557,15 +544,15 @@ def command_line(main):
             raise
         message = str(error).strip().split("\n")[-1]    # a worker's error has its traceback first
         message = re.sub(r"^\w+Error: ", "", message)
-        if sys.stdout.isatty():
-            print("\r\033[K", end="", flush=True)   # instead of the last line of `progress`
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 def parse_args(argv=None):
     """The options of eval.py. Raises ValueError."""
-    parser = OptionParser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False)
     add = parser.add_argument
     add("--ckpt", nargs="+", type=path_option, required=True, metavar="BEST_PT",
         help="one or more checkpoints of train.py, or the folders of their runs")

@@ -7,15 +7,10 @@ Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
 copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at the end of each
 epoch, before and after its validation.
-
-`main`, at the end of this file, is the whole program. Read it after the note on RANK below.
-
-Why a resumed run ends like one that never stopped: last.pt holds everything that changes (weights,
-optimizer, scaler, position, log), and every random choice follows from the seed and the position:
-the order of the frames (data.epoch_batches), their crops (data.Cityscapes), stochastic depth
-(seed_step). On a GPU, or with more than two processes, sums are added in another order each time
-(a + b is b + a, but three terms round differently), so that results match only up to rounding.
 """
+# `train_step` and `main` are the training. What comes before them builds their parts. What follows
+# them, main calls: the end of an epoch, the files, resume, several processes and signals.
+import argparse
 import contextlib
 import csv
 import io
@@ -23,7 +18,6 @@ import os
 import signal
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,9 +29,9 @@ from torch import nn
 import metrics
 from data import (CLASS_WEIGHTS, CLASSES, SCENES_MARK, Cityscapes, copy_blob, count_classes,
                   epoch_batches, make_loader, make_scenes, normalize)
-from eval import (PALETTE, OptionParser, command_line, curves_picture, find_checkpoint,
-                  load_checkpoint, load_weights, number_in, path_option, pick_amp, pick_device,
-                  picture_grid, predictions, progress, report_unused, summarize)
+from eval import (PALETTE, command_line, curves_picture, find_checkpoint, load_checkpoint,
+                  load_weights, number_in, path_option, pick_amp, pick_device, picture_grid,
+                  predictions, progress, report_unused, summarize)
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
@@ -55,7 +49,9 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
     a line here, without a default, and its default in choose_options. Raises ValueError."""
-    parser = OptionParser(__doc__.split("`main`")[0])           # what comes before is for --help
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, allow_abbrev=False)
     add, count, at_least_0 = parser.add_argument, number_in(1, 10**6, int), number_in(0, 1e6)
     add("--data", type=path_option, help="data folder (default: $CITYSCAPES_DATASET, else scenes)")
     add("--model", choices=MODELS, help="(default: that of --init, or resnet34; scenes resnet18)")
@@ -75,7 +71,7 @@ def parse_args(argv=None):
     add("--encoder-lr", type=at_least_0, metavar="FACTOR", help="factor on --lr of an encoder with "
         "weights from ImageNet or --init; not in convunext (default: sgd 0.5, adamw 0.1)")
     add("--weight-decay", type=at_least_0, metavar="W", help="(default: sgd 0.0005, adamw 0.01)")
-    add("--pretrained", action=BooleanOptionalAction, help="ImageNet weights (scenes: no)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="ImageNet weights (scenes: no)")
     add("--init", type=path_option, help="start from the weights of a checkpoint or a run")
     add("--val-every", type=count, help="epochs between validations (default: 1)")
     add("--seed", type=number_in(0, 2**31, int), help="(default: 0)")
@@ -83,7 +79,7 @@ def parse_args(argv=None):
     add("--device", help="cuda, cuda:1, mps or cpu (default: the fastest)")
     add("--amp", choices=["auto", "off", "bf16", "fp16"],
         help="precision of autocast; off is float32 (default: the fastest)")
-    add("--compile", action=BooleanOptionalAction, help="use torch.compile (default: no)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile (default: no)")
     add("--save-minutes", type=at_least_0, metavar="N", help="time between saves (default: 5)")
     add("--out", type=path_option, help="(default: here; an earlier run is moved to runs/)")
     add("--resume", type=path_option, nargs="?", const=True, metavar="LAST_PT", help="continue a "
@@ -136,7 +132,7 @@ def choose_options(args, saved):
         fill(lr=0.001, encoder_lr=0.1, weight_decay=0.01)
 
 
-# ---------------------------------------------------------------------- the parts of the run
+# ------------------------------------------------------------------- data, network, optimizer
 
 def build_data(args, device):
     """Build training set (random crops), validation set (whole frames), and loss function.
@@ -164,14 +160,9 @@ def build_data(args, device):
     for dataset, split in (train_set, "train"), (val_set, "val"):
         report_unused(dataset.unused, say)
         sample = dataset.labels[::1 + len(dataset) // 100]          # at most 100
-        found = count_classes(sample).sum(axis=0)   # pixels of each class
-        missing = [c.name for c, pixels in zip(CLASSES, found) if pixels == 0]
-        if len(missing) == len(CLASSES):
+        if count_classes(sample).sum() == 0:
             raise ValueError(f"{args.data}: {len(sample)} labels of gtFine/{split} hold none of "
                              "the classes; check them, and the label ids of CLASSES in data.py")
-        if missing:
-            say(f"{len(CLASSES) - len(missing)} of {len(CLASSES)} classes are in {len(sample)} "
-                f"{split} labels; none of: {', '.join(missing)}")
     weights = None
     if args.class_weights != "none":
         weights = CLASS_WEIGHTS[args.class_weights](train_set.pixels)
@@ -206,7 +197,8 @@ def build_network(args, device, last):
 
 
 def build_optimizer(model, args, dtype):
-    """SGD or AdamW. Each group has a `factor` on the rate. 1-D parameters have no decay."""
+    """SGD or AdamW. Each group has a `factor` on the rate: a trained encoder has to change less
+    than a new decoder. 1-D parameters have no decay, which would pull the scale of norms to 0."""
     has_trained_encoder = args.pretrained or args.init
     parameters_of = {}                              # (factor, decay) -> list of parameters
     for name, parameter in model.named_parameters():
@@ -228,8 +220,9 @@ def build_optimizer(model, args, dtype):
 
 
 def learning_rate(args, step, steps_per_epoch, factor=1.0):
-    """The learning rate of a step: --lr x factor x linear warmup x polynomial decay (power 0.9).
-    factor: 1, or --encoder-lr for a trained encoder. Warmup: one epoch, at most 500 steps."""
+    """The learning rate of a step: --lr x factor x linear warmup x polynomial decay (power 0.9, as
+    in DeepLab, arXiv 1606.00915). factor: 1, or --encoder-lr for a trained encoder. Warmup, of one
+    epoch, at most 500 steps: the first gradients, of random weights, are large."""
     total_steps = args.epochs * steps_per_epoch
     warmup_steps = min(500, steps_per_epoch)
     warmup = min(1.0, (step + 1) / warmup_steps)
@@ -242,286 +235,7 @@ def seed_step(seed, step):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, RANK)).generate_state(1)[0]))
 
 
-def validate(model, val_set, device, dtype, workers, signals):
-    """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
-    `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
-    if WORLD_SIZE > 1:
-        # On CPUs (no SyncBatchNorm), BatchNorm's averages are of each rank's frames: take rank 0's.
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    torch.backends.cudnn.benchmark = False          # frames may have many sizes
-    frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
-    matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
-    results = predictions(model, frames, device, dtype, workers=workers)
-    if RANK == 0:
-        results = progress(results, lambda number: f"validating, frame {number}/{len(frames)}")
-    for _, label, prediction in results:
-        matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
-        if signals:
-            break                                   # the next line waits for the other ranks
-    if on_any_rank(signals):
-        return None
-    return over_ranks(matrix).cpu()
-
-
-def check_finite(run, parts):
-    """Raise FloatingPointError if loss or weights are not finite, or if the float16 gradients
-    always overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
-    tensors = [run.loss_sum, *parts["model"].state_dict().values()]
-    is_finite = [tensor.isfinite().all() for tensor in tensors]
-    if not torch.stack(is_finite).all():
-        raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
-                                 "--amp off; last.pt, if there is one, holds an earlier step")
-    scaler = parts["scaler"]
-    if scaler.is_enabled() and scaler.get_scale() < 1:
-        raise FloatingPointError("the float16 gradients always overflow; use --amp off or bf16, "
-                                 "or lower --lr")
-
-
-# ---------------------------------------------------------------------- the files of the run
-
-RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
-
-
-def write(path, save_to):
-    """Replace a file atomically: if that fails, the old one stays. save_to(file) writes into it."""
-    buffer, part = io.BytesIO(), Path(f"{path}.part")
-    save_to(buffer)         # in memory: each library reports a full disk with another exception
-    try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def save(name, args, run, parts):
-    """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
-    last step. Both hold "model", the weights; "settings", the options; all values of `run`.
-    last.pt also has the states of the other `parts`, which only --resume needs. Ranks other than 0
-    do nothing. Raises OSError, FloatingPointError (see check_finite)."""
-    if RANK != 0:
-        return
-    check_finite(run, parts)
-    settings = vars(args).copy()
-    del settings["out"], settings["resume"]
-    checkpoint = {"settings": settings, **vars(run)}
-    for key, part in parts.items():
-        if key == "model" or name == "last.pt":
-            checkpoint[key] = part.state_dict()
-    write(args.out / name, lambda file: torch.save(checkpoint, file))
-
-
-def first_save(args, run, parts, train_set):
-    """After step 1 of a new run, which shows that the run works: make room for its files, save
-    last.pt, and draw CopyBlob with the largest donor of each class."""
-    check_finite(run, parts)                        # before files are moved
-    if args.out == Path():                          # the default
-        move_earlier_run()
-    args.out.mkdir(parents=True, exist_ok=True)
-    save("last.pt", args, run, parts)
-    rows = []                                       # frame 0 with the first class, 1 with the next
-    pasted_classes = sorted({train_id for _, train_id in train_set.donors})
-    for index, train_id in enumerate(pasted_classes):
-        image, label = train_set.read(index % len(train_set))
-        largest = train_set.pixels[:, train_id].argmax()
-        donor_image, donor_label = train_set.read(largest)
-        pasted, new_label = copy_blob(image, label, donor_image, donor_label, train_id)
-        rows.append([("before", np.asarray(image)),
-                     (f"CopyBlob of a {CLASSES[train_id].name}", np.asarray(pasted)),
-                     ("new label", PALETTE[np.asarray(new_label)])])
-    if rows:
-        write(args.out / "copyblob.png", lambda file: picture_grid(rows).save(file, "PNG"))
-
-
-def move_earlier_run():
-    """Move the files of an earlier run from the current folder to runs/<model>-<loss>."""
-    found = [name for name in RUN_FILES if Path(name).exists()]
-    if not found:
-        return
-    name = "earlier"
-    with contextlib.suppress(OSError, ValueError):      # no checkpoint, or one of another program
-        settings = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))["settings"]
-        name = f"{settings['model']}-{settings['loss']}"
-    folder, number = Path("runs", name), 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs", f"{name}-{number}")
-    folder.mkdir(parents=True)
-    for file in found:
-        os.replace(file, folder / file)
-    say(f"the files of the earlier run are now in {folder}")
-    if "last.pt" in found:
-        say(f"to continue it: python train.py --resume {folder}")
-
-
-def write_log(log, out):
-    """Write log.csv and curves.png."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, log[-1])
-    writer.writeheader()
-    writer.writerows(log)
-    write(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
-    write(out / "curves.png", lambda file: curves_picture(log).save(file, "PNG"))
-
-
-# ---------------------------------------------------------------- several processes, and signals
-
-def say(text):
-    """Print on rank 0. On a terminal, the line replaces one of `progress`."""
-    if RANK == 0:
-        if sys.stdout.isatty():
-            print("\r\033[K", end="")
-        print(text, flush=True)
-
-
-def over_ranks(tensor):
-    """The sum of a tensor over all ranks, in place."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def on_any_rank(condition):
-    """Whether a condition holds on at least one rank."""
-    value = torch.tensor(float(bool(condition)))    # on the CPU: does not wait for the GPU
-    return over_ranks(value).item() > 0
-
-
-def leave_group():
-    """Wait for all ranks, then leave: torchrun kills the others if one ends with an error."""
-    if WORLD_SIZE > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, instead of ending the program -> the list.
-    The loop looks at the list after each step, so a second signal changes nothing. A signal that is
-    ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still ends at once."""
-    received, handlers = [], {}
-    for number in signal.SIGINT, signal.SIGTERM:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            handlers[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def end_stopped(args, signals):
-    """End the program after a signal, when all is saved. The status is 128 + signal."""
-    start = "python" if WORLD_SIZE == 1 else "torchrun ..."
-    say(f"stopped; continue with: {start} train.py --resume {args.out / 'last.pt'}")
-    leave_group()
-    sys.exit(128 + (signals or [signal.SIGTERM])[0])   # another rank may have got the signal
-
-
 # ------------------------------------------------------------------------------- the program
-
-def find_run(args):
-    """The folder of the run, and its last.pt (a dict) or None. Raises ValueError or OSError."""
-    out, resume = args.out or Path(), args.resume
-    if resume is True:                              # a bare --resume
-        resume = out if (out / "last.pt").exists() else None
-    if resume is None:                              # a new run
-        if args.out and any((out / name).exists() for name in RUN_FILES):
-            raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
-                             f"or if it has a last.pt, continue that run with --resume {out}")
-        return out, None
-    path = find_checkpoint(resume, ["last.pt"])
-    if args.out and out.resolve() != path.parent.resolve():
-        raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
-    last = load_checkpoint(path)
-    # The run will write last.pt here, so a file of another name is refused. best.pt has no scaler.
-    if path.name != "last.pt" or "scaler" not in last:
-        raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
-    return path.parent, {**last, "path": path}
-
-
-def restore(last, run, parts):
-    """Continue from a last.pt: set `run` and `parts`. Raises ValueError if it does not fit."""
-    missing = {*vars(run), *parts} - last.keys()
-    if missing:
-        raise ValueError(f"{last['path']}: lacks {missing} (an old version?); use it with --init")
-    if last["num_frames"] != run.num_frames:
-        raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
-                         f"run began with {last['num_frames']}; restore them, or start a new run")
-    load_weights(parts["model"], last, last["path"])
-    for name, part in parts.items():
-        if name != "model" and last[name]:          # a scaler that is not active has no state
-            part.load_state_dict(last[name])
-    last["loss_sum"] = last["loss_sum"].to(run.loss_sum.device)
-    for name in vars(run):
-        setattr(run, name, last[name])
-
-
-def timed(items, run):
-    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
-    asked = time.monotonic()
-    for item in items:
-        run.waited += time.monotonic() - asked
-        yield item                                  # the body of the loop runs here
-        asked = time.monotonic()
-
-
-def format_step(args, run, step, steps_per_epoch):
-    """A line of text for `progress`, after a step of the epoch (from 1)."""
-    per_step = run.seconds / step
-    steps_left = args.epochs * steps_per_epoch - run.step
-    left = timedelta(seconds=round(per_step * steps_left))
-    loss = run.loss_sum.item() / step
-    speed = args.batch / per_step
-    return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
-            f"loss {loss:.3f}  {speed:.1f} img/s  left {left}")
-
-
-def format_row(row, epochs):
-    """The main columns of a row of the log, and the time that is left, as text."""
-    scores = ""
-    if row["miou"] is not None:
-        scores = (f"  pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
-                  f"Dice {row['mean_dice']:.3f}")
-    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
-    return (f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}{scores}  "
-            f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
-
-
-# Of an epoch without validation: no pixel is counted, and each score is None.
-NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64))
-
-
-def finish_epoch(args, run, parts, scores, seconds):
-    """Log the epoch, save best.pt if it is the best so far, and last.pt.
-    scores: a dict of `summarize`; seconds: those of training and validation."""
-    run.epoch += 1
-    steps = run.num_frames[0] // args.batch         # of one epoch
-    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
-           "lr": learning_rate(args, run.step - 1, steps)}
-    for key in "pixel_accuracy", "miou", "mean_dice":
-        row[key] = scores[key]
-    row["images_per_s"] = steps * args.batch / run.seconds
-    row["data_wait"] = run.waited / run.seconds
-    row["seconds"] = seconds
-    row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30          # peak; 0 on a CPU
-    for c in CLASSES:
-        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
-    run.log.append(row)
-    run.seconds = run.waited = 0.0
-    run.loss_sum.zero_()
-    if row["miou"] is not None and row["miou"] > run.best_miou:
-        run.best_miou = row["miou"]
-        save("best.pt", args, run, parts)
-    if RANK == 0:
-        write_log(run.log, args.out)
-    save("last.pt", args, run, parts)
-    say(format_row(row, args.epochs))
-
 
 def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
     """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU.
@@ -553,9 +267,6 @@ def main(argv=None):
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
-    some_rank_resumes = on_any_rank(last is not None)
-    if some_rank_resumes and last is None:
-        raise ValueError(f"{args.out}: not all processes find last.pt; all machines must share it")
 
     # Data, network, optimizer.
     train_set, val_set, loss_function = build_data(args, device)
@@ -575,7 +286,7 @@ def main(argv=None):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}      # have a state_dict()
 
-    run = Namespace(                                # all of this is in best.pt and last.pt
+    run = argparse.Namespace(                       # all of this is in best.pt and last.pt
         epoch=0,                                    # completed and logged
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
@@ -639,6 +350,294 @@ def main(argv=None):
         say(f"now: python eval.py --ckpt {args.out / 'best.pt'}")
     leave_group()
     return run.log
+
+
+# --------------------------------------------- validation, progress, and the end of an epoch
+
+def validate(model, val_set, device, dtype, workers, signals):
+    """Predict the frames, each rank a part -> confusion matrix; None if there are `signals`.
+    `model` is not wrapped in DDP, because ranks may have unequal numbers of frames."""
+    if WORLD_SIZE > 1:
+        # On CPUs (no SyncBatchNorm), BatchNorm's averages are of each rank's frames: take rank 0's.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    torch.backends.cudnn.benchmark = False          # frames may have many sizes
+    frames = torch.utils.data.Subset(val_set, range(RANK, len(val_set), WORLD_SIZE))
+    matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64, device=device)
+    results = predictions(model, frames, device, dtype, workers=workers)
+    if RANK == 0:
+        results = progress(results, lambda number: f"validating, frame {number}/{len(frames)}")
+    for _, label, prediction in results:
+        matrix += metrics.confusion_matrix(prediction, label.to(device), len(CLASSES))
+        if signals:
+            break                                   # the next line waits for the other ranks
+    if on_any_rank(signals):
+        return None
+    return over_ranks(matrix).cpu()
+
+
+def timed(items, run):
+    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
+    asked = time.monotonic()
+    for item in items:
+        run.waited += time.monotonic() - asked
+        yield item                                  # the body of the loop runs here
+        asked = time.monotonic()
+
+
+def format_step(args, run, step, steps_per_epoch):
+    """A line of text for `progress`, after a step of the epoch (from 1)."""
+    per_step = run.seconds / step
+    steps_left = args.epochs * steps_per_epoch - run.step
+    left = timedelta(seconds=round(per_step * steps_left))
+    loss = run.loss_sum.item() / step
+    speed = args.batch / per_step
+    return (f"epoch {run.epoch + 1}/{args.epochs}  step {step}/{steps_per_epoch}  "
+            f"loss {loss:.3f}  {speed:.1f} img/s  left {left}")
+
+
+def format_row(row, epochs):
+    """The main columns of a row of the log, and the time that is left, as text."""
+    scores = ""
+    if row["miou"] is not None:
+        scores = (f"  pixel acc {row['pixel_accuracy']:.3f}  mIoU {row['miou']:.3f}  "
+                  f"Dice {row['mean_dice']:.3f}")
+    left = timedelta(seconds=round(row["seconds"] * (epochs - row["epoch"])))
+    return (f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.3f}{scores}  "
+            f"{row['images_per_s']:.1f} img/s  data wait {row['data_wait']:.0%}  left {left}")
+
+
+# Of an epoch without validation: no pixel is counted, and each score is None.
+NO_SCORES = summarize(torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64))
+
+
+def finish_epoch(args, run, parts, scores, seconds):
+    """Log the epoch, save best.pt if it is the best so far, and last.pt.
+    scores: a dict of `summarize`; seconds: those of training and validation."""
+    run.epoch += 1
+    steps = run.num_frames[0] // args.batch         # of one epoch
+    row = {"epoch": run.epoch, "loss": run.loss_sum.item() / steps,
+           "lr": learning_rate(args, run.step - 1, steps)}
+    for key in "pixel_accuracy", "miou", "mean_dice":
+        row[key] = scores[key]
+    row["images_per_s"] = steps * args.batch / run.seconds
+    row["data_wait"] = run.waited / run.seconds
+    row["seconds"] = seconds
+    row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30      # peak so far; 0 on a CPU
+    for c in CLASSES:
+        row[f"iou {c.name}"] = scores["classes"][c.name]["iou"]
+    run.log.append(row)
+    run.seconds = run.waited = 0.0
+    run.loss_sum.zero_()
+    if row["miou"] is not None and row["miou"] > run.best_miou:
+        run.best_miou = row["miou"]
+        save("best.pt", args, run, parts)
+    if RANK == 0:
+        write_log(run.log, args.out)
+    save("last.pt", args, run, parts)
+    say(format_row(row, args.epochs))
+
+
+# ---------------------------------------------------------------------- the files of the run
+
+RUN_FILES = "best.pt", "last.pt", "log.csv", "curves.png", "copyblob.png"
+
+
+def write(path, save_to):
+    """Replace a file atomically: if that fails, the old one stays. save_to(file) writes into it."""
+    buffer, part = io.BytesIO(), Path(f"{path}.part")
+    save_to(buffer)         # in memory: each library reports a full disk with another exception
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def check_finite(run, parts):
+    """Raise FloatingPointError if loss or weights are not finite, or if the float16 gradients
+    always overflow: GradScaler then skips each step and halves its scale, from 65536 to below 1."""
+    tensors = [run.loss_sum, *parts["model"].state_dict().values()]
+    is_finite = [tensor.isfinite().all() for tensor in tensors]
+    if not torch.stack(is_finite).all():
+        raise FloatingPointError("the loss or the weights are not finite; lower --lr, or try "
+                                 "--amp off; last.pt, if there is one, holds an earlier step")
+    scaler = parts["scaler"]
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        raise FloatingPointError("the float16 gradients always overflow; use --amp off or bf16, "
+                                 "or lower --lr")
+
+
+def save(name, args, run, parts):
+    """Write best.pt, which has the weights of the best validation mIoU, or last.pt, those of the
+    last step. Both hold "model", the weights; "settings", the options; all values of `run`.
+    last.pt also has the states of the other `parts`, which only --resume needs. Ranks other than 0
+    do nothing. Raises OSError, FloatingPointError (see check_finite)."""
+    if RANK != 0:
+        return
+    check_finite(run, parts)
+    settings = vars(args).copy()
+    del settings["out"], settings["resume"]
+    checkpoint = {"settings": settings, **vars(run)}
+    for key, part in parts.items():
+        if key == "model" or name == "last.pt":
+            checkpoint[key] = part.state_dict()
+    write(args.out / name, lambda file: torch.save(checkpoint, file))
+
+
+def first_save(args, run, parts, train_set):
+    """After step 1 of a new run, which shows that the run works: make room for its files, save
+    last.pt, and draw CopyBlob with the largest donor of each class."""
+    check_finite(run, parts)                        # before files are moved
+    if args.out == Path():                          # the default
+        move_earlier_run()
+    args.out.mkdir(parents=True, exist_ok=True)
+    save("last.pt", args, run, parts)
+    rows = []                                       # frame 0 with the first class, 1 with the next
+    pasted_classes = sorted({train_id for _, train_id in train_set.donors})
+    for index, train_id in enumerate(pasted_classes):
+        image, label = train_set.read(index % len(train_set))
+        largest = train_set.pixels[:, train_id].argmax()
+        donor_image, donor_label = train_set.read(largest)
+        pasted, new_label = copy_blob(image, label, donor_image, donor_label, train_id)
+        rows.append([("before", np.asarray(image)),
+                     (f"CopyBlob of a {CLASSES[train_id].name}", np.asarray(pasted)),
+                     ("new label", PALETTE[np.asarray(new_label)])])
+    if rows:
+        write(args.out / "copyblob.png", lambda file: picture_grid(rows).save(file, "PNG"))
+
+
+def move_earlier_run():
+    """Move the files of an earlier run from the current folder to runs/<model>-<loss>."""
+    found = [name for name in RUN_FILES if Path(name).exists()]
+    if not found:
+        return
+    name = "earlier"
+    with contextlib.suppress(OSError, ValueError):      # no checkpoint, or one of another program
+        settings = load_checkpoint(find_checkpoint(".", ["last.pt", "best.pt"]))["settings"]
+        if settings["loss"] in LOSSES:              # a file could hold "../"
+            name = f"{settings['model']}-{settings['loss']}"
+    folder, number = Path("runs", name), 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs", f"{name}-{number}")
+    folder.mkdir(parents=True)
+    for file in found:
+        os.replace(file, folder / file)
+    say(f"the files of the earlier run are now in {folder}")
+    if "last.pt" in found:
+        say(f"to continue it: python train.py --resume {folder}")
+
+
+def write_log(log, out):
+    """Write log.csv and curves.png."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(log[-1]))
+    writer.writeheader()
+    writer.writerows(log)
+    write(out / "log.csv", lambda file: file.write(text.getvalue().encode()))
+    write(out / "curves.png", lambda file: curves_picture(log).save(file, "PNG"))
+
+
+# ------------------------------------------------------------------------------------- resume
+
+# A resumed run ends like one that never stopped, because last.pt holds everything that changes
+# (weights, optimizer, scaler, position, log), and every random choice follows from the seed and the
+# position: the order of the frames (data.epoch_batches), their crops (data.Cityscapes), stochastic
+# depth (seed_step). On a GPU, or with more than two processes, sums are added in another order each
+# time (a + b is b + a, but three terms round differently): results match only up to rounding.
+
+def find_run(args):
+    """The folder of the run, and its last.pt (a dict) or None. Raises ValueError or OSError."""
+    out, resume = args.out or Path(), args.resume
+    if resume is True:                              # a bare --resume
+        resume = out if (out / "last.pt").exists() else None
+    if resume is None:                              # a new run
+        if args.out and any((out / name).exists() for name in RUN_FILES):
+            raise ValueError(f"{out.resolve()} holds files of another run; choose another --out, "
+                             f"or if it has a last.pt, continue that run with --resume {out}")
+        return out, None
+    path = find_checkpoint(resume, ["last.pt"])
+    if args.out and out.resolve() != path.parent.resolve():
+        raise ValueError(f"--out {args.out} is not the folder of {path}; omit --out")
+    last = load_checkpoint(path)
+    # The run will write last.pt here, so a file of another name is refused. best.pt has no scaler.
+    if path.name != "last.pt" or "scaler" not in last:
+        raise ValueError(f"{path}: resume from the last.pt of a run, or use this file with --init")
+    return path.parent, {**last, "path": path}
+
+
+def restore(last, run, parts):
+    """Continue from a last.pt: set `run` and `parts`. Raises ValueError if it does not fit."""
+    missing = {*vars(run), *parts} - last.keys()
+    if missing:
+        raise ValueError(f"{last['path']}: lacks {missing} (an old version?); use it with --init")
+    if last["num_frames"] != run.num_frames:
+        raise ValueError(f"--data: has {run.num_frames} training and validation frames, but the "
+                         f"run began with {last['num_frames']}; restore them, or start a new run")
+    load_weights(parts["model"], last, last["path"])
+    for name, part in parts.items():
+        if name != "model" and last[name]:          # a scaler that is not active has no state
+            part.load_state_dict(last[name])
+    last["loss_sum"] = last["loss_sum"].to(run.loss_sum.device)
+    for name in vars(run):
+        setattr(run, name, last[name])
+
+
+# ---------------------------------------------------------------- several processes, and signals
+
+def say(text):
+    """Print on rank 0."""
+    if RANK == 0:
+        print(text, flush=True)
+
+
+def over_ranks(tensor):
+    """The sum of a tensor over all ranks, in place."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def on_any_rank(condition):
+    """Whether a condition holds on at least one rank."""
+    value = torch.tensor(float(bool(condition)))    # on the CPU: does not wait for the GPU
+    return over_ranks(value).item() > 0
+
+
+def leave_group():
+    """Wait for all ranks, then leave: torchrun kills the others if one ends with an error."""
+    if WORLD_SIZE > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Collect SIGINT (Ctrl-C) and SIGTERM in a list, instead of ending the program -> the list.
+    The loop looks at the list after each step, so a second signal changes nothing. A signal that is
+    ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still ends at once."""
+    received, handlers = [], {}
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            handlers[number] = signal.signal(number, lambda got, frame: received.append(got))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def end_stopped(args, signals):
+    """End the program after a signal, when all is saved. The status is 128 + signal."""
+    start = "python" if WORLD_SIZE == 1 else "torchrun ..."
+    say(f"stopped; continue with: {start} train.py --resume {args.out / 'last.pt'}")
+    leave_group()
+    sys.exit(128 + (signals or [signal.SIGTERM])[0])   # another rank may have got the signal
 
 
 if __name__ == "__main__":
