@@ -6,9 +6,9 @@ Cityscapes (Cordts et al. 2016, arXiv 1604.01685) keeps two files for each frame
     gtFine/<split>/<city>/<city>_<seq>_<frame>_gtFine_labelIds.png          label ids, 8 bits
 
 A label id, 0 ... 33, says what an annotator saw. 19 of them are evaluated and renumbered as train
-ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore (also
-255 itself: the id of license plates, -1, in 8 bits). A table maps label ids to train ids when a
-file is read, so nothing has to be converted beforehand.
+ids 0 ... 18, which networks predict. All others become 255, which losses and metrics ignore. (The
+id of license plates, -1, is stored as 255, and stays 255.) A table maps label ids to train ids when
+a file is read, so nothing has to be converted beforehand.
 
 Sizes are height x width; Pillow's own sizes, as in `resize`, are width x height.
 Random numbers come from (seed, epoch, index): a sample does not depend on the number of workers or
@@ -173,7 +173,7 @@ class Cityscapes(torch.utils.data.Dataset):
             raise FileNotFoundError(
                 f"no frames at {root}/leftImg8bit/{split}/<city>/*_leftImg8bit.png{hint}; splits "
                 f"there: {splits or 'none'}; unpack leftImg8bit_trainvaltest.zip and "
-                "gtFine_trainvaltest.zip into the folder of --data or $CITYSCAPES_DATASET")
+                "gtFine_trainvaltest.zip into one folder, and name it with --data")
         unpaired = sorted(images.keys() ^ labels.keys())
         if unpaired and (labels or split in ("train", "val")):
             raise FileNotFoundError(
@@ -294,8 +294,9 @@ def jitter(image, rng):
 
 # ----------------------------------------------------------------------------------- CopyBlob
 
-# Cityscapes has few pixels of wall, fence, bus and train, and networks often miss them. CopyBlob
-# pastes such a class from a donor, a training frame that shows enough of it, at the same place:
+# In Cityscapes, wall, fence, bus and train have less than 1 % of the pixels each, and networks miss
+# many of them. CopyBlob, after hoya012, pastes such a class from a donor, a training frame that
+# shows enough of it, at the same place:
 #
 #     frame                  donor                  result
 #     +----------------+     +----------------+     +----------------+
@@ -384,12 +385,16 @@ def epoch_batches(epoch, length, batch, seed):
     return items[:steps * batch].reshape(steps, batch).tolist()
 
 
-# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. The main
-# process then finishes a step, for which it needs its workers. So they ignore both signals. But:
-# - If the main process ends with an error, Python's multiprocessing module sends SIGTERM to the
-#   workers, and waits forever, as they ignore it. Before that, our exit function kills them.
-# - On Linux, Python 3.14 starts workers from a helper process, which dies of SIGTERM, and PyTorch's
-#   workers end when the process that started them is gone. So we ask for "fork" (they use no GPU).
+# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. train.py
+# then finishes its step, for which it needs the loader's worker processes:
+#
+#     process   on SIGINT, SIGTERM                  at the end of the program
+#     main      finishes the step (train.py)        kills workers that are left
+#     worker    ignores both                        -
+#
+# The kill comes before Python's multiprocessing module ends workers: it would send SIGTERM and wait
+# forever. On Linux, workers are forked: from Python 3.14 on, a helper process would start them, and
+# if it died of SIGTERM, they would end, too.
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself
@@ -405,6 +410,7 @@ def make_loader(dataset, workers, device, **options):
         options["worker_init_fn"] = ignore_stop_signals
         if sys.platform == "linux":
             options["multiprocessing_context"] = "fork"
+        atexit.unregister(kill_workers)             # of an earlier call
         atexit.register(kill_workers)   # last registered, so called before multiprocessing's own
     return torch.utils.data.DataLoader(     # from pinned memory, non_blocking copies do not wait
         dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)

@@ -80,11 +80,10 @@ def predict_photo(model, photo, frame_size, device, dtype=None, tta=False):
     return Image.fromarray(ids).resize(photo.size, Image.NEAREST), (height, width)
 
 
-def progress(items, describe, done=0):
-    """Yield the items, and print every 30 seconds how far the loop is: the text describe(number),
-    where the first item has the number done + 1."""
+def progress(items, describe):
+    """Yield the items, and print every 30 seconds how far the loop is: describe(number) -> text."""
     printed_at = time.monotonic()
-    for number, item in enumerate(items, start=done + 1):
+    for number, item in enumerate(items, start=1):
         yield item                                  # the body of the loop runs here
         if time.monotonic() - printed_at > 30:
             print(describe(number), flush=True)
@@ -496,11 +495,14 @@ def pick_device(name="auto"):
 
 
 def pick_amp(name, device):
-    """The dtype for autocast, which computes convolutions and matrix products in 16 bits (weights
-    and their gradients stay float32): torch.bfloat16; torch.float16, of a smaller range; or
-    None (float32; in a GPU's convolutions TF32, PyTorch's default). "auto" is bfloat16 on CUDA
-    GPUs that have it, else float16 there; bfloat16 on a CPU with matrix units for it (AMX); else
-    float32. Raises ValueError."""
+    """The dtype for autocast, which computes convolutions and matrix products in 16 bits; weights
+    and their gradients stay float32. Raises ValueError.
+
+        "bf16"    torch.bfloat16
+        "fp16"    torch.float16, of a smaller range
+        "off"     None: float32 (TF32 in a GPU's convolutions, PyTorch's default)
+        "auto"    bf16 on CUDA GPUs that have it and on CPUs with matrix units for it (AMX),
+                  fp16 on other CUDA GPUs, else off"""
     has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and not has_bf16:
         raise ValueError("--amp bf16: this GPU has no bfloat16; use --amp auto")

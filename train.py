@@ -8,8 +8,8 @@ Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py
 copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at the end of each
 epoch, before and after its validation.
 """
-# `train_step` and `main` are the training. What comes before them builds their parts. What follows
-# them, main calls: the end of an epoch, the files, resume, several processes and signals.
+# The training is in `train_step`, `train_epoch` and `main`. What they need is built before them.
+# What they call follows: the end of an epoch, the files, resume, several processes and signals.
 import argparse
 import contextlib
 import csv
@@ -175,6 +175,7 @@ def build_network(args, device, last):
     Its weights are random, of ImageNet (--pretrained), or of a checkpoint (--init). On resume
     (`last`), they are loaded by `restore`.
     `network` is `model` or a wrapper around it, with the same weights and mode (train, eval).
+
     Under torchrun, each process has its own frames. The wrapper DistributedDataParallel copies the
     weights of rank 0 to all, and averages the gradients in backward(), so that all ranks take the
     same step. Each rank divides its loss by the labeled pixels of its own frames, so that the step
@@ -197,8 +198,8 @@ def build_network(args, device, last):
 
 
 def build_optimizer(model, args, dtype):
-    """SGD or AdamW. Each group has a `factor` on the rate: a trained encoder has to change less
-    than a new decoder. 1-D parameters have no decay, which would pull the scale of norms to 0."""
+    """SGD or AdamW. Each group has a `factor` on the rate: a trained encoder should change little.
+    1-D parameters have no decay, which would pull the scale of norms to 0."""
     has_trained_encoder = args.pretrained or args.init
     parameters_of = {}                              # (factor, decay) -> list of parameters
     for name, parameter in model.named_parameters():
@@ -210,9 +211,8 @@ def build_optimizer(model, args, dtype):
         parameters_of.setdefault((factor, decay), []).append(parameter)
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
               for (factor, decay), parameters in parameters_of.items()]
-    # Fused is faster. Not with float16: PyTorch 2.13's fused SGD has a bug if GradScaler skips the
-    # first step (it then starts from an uninitialized momentum). Not on MPS: untested. (Saved with
-    # the optimizer: a resumed run stays as it began.)
+    # Fused is faster, but not tested on MPS, and in PyTorch 2.13 wrong with float16: if GradScaler
+    # skips the first step, fused SGD starts from an uninitialized momentum.
     fused = dtype != torch.float16 and next(model.parameters()).device.type != "mps"
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
@@ -253,17 +253,51 @@ def train_step(network, loss_function, optimizer, scaler, images, target, dtype)
     return loss.detach()
 
 
-def main(argv=None):
-    """Run one command line (default: sys.argv) -> the rows of log.csv.
+def train_epoch(args, run, parts, network, loss_function, train_set, device, dtype, signals):
+    """Train one epoch, or what is left of it after a resume. At the end of a step, save last.pt if
+    it is time, and end the program if a signal came. Adds to `run` what is counted."""
+    network.train()
+    torch.backends.cudnn.benchmark = True           # crops have one size: try what is fastest
+    optimizer, scaler = parts["optimizer"], parts["scaler"]
+    steps_per_epoch = len(train_set) // args.batch
+    batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
+    # Steps that were done before a resume: all, if the run was stopped in the validation.
+    done = run.step - run.epoch * steps_per_epoch
+    own_batches = [batch[RANK::WORLD_SIZE] for batch in batches[done:]]
+    loader = make_loader(train_set, args.workers, device, batch_sampler=own_batches)
 
-        for each epoch:
-            for each batch: train_step; perhaps save last.pt; stop if a signal came
-            save last.pt; perhaps validate; write best.pt, log.csv, curves.png, last.pt"""
+    step_began = printed_at = saved_at = time.monotonic()
+    for images, target in loader:
+        run.waited += time.monotonic() - step_began
+        for group in optimizer.param_groups:        # the schedule
+            group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
+        seed_step(args.seed, run.step)
+        loss = train_step(network, loss_function, optimizer, scaler, images, target, dtype)
+
+        run.step += 1
+        run.loss_sum += over_ranks(loss) / WORLD_SIZE
+        run.seconds += time.monotonic() - step_began
+        if run.step == 1 and RANK == 0:
+            first_save(args, run, parts, train_set)
+        if time.monotonic() - printed_at > 30:
+            say(format_step(args, run, steps_per_epoch))
+            printed_at = time.monotonic()
+        must_stop = on_any_rank(signals)
+        if must_stop or time.monotonic() - saved_at > 60 * args.save_minutes:
+            save("last.pt", args, run, parts)
+            saved_at = time.monotonic()
+        if must_stop:
+            end_stopped(args, signals)
+        step_began = time.monotonic()
+
+
+def main(argv=None):
+    """Run one command line (default: sys.argv) -> the rows of log.csv."""
     args = parse_args(argv)
     args.out, last = find_run(args)
     choose_options(args, saved=last["settings"] if last else {})
     device = pick_device(args.device)
-    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL for GPUs; Gloo for on_any_rank's tensor
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL; Gloo for on_any_rank's CPU tensor
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
@@ -291,7 +325,7 @@ def main(argv=None):
         step=0,                                     # since the beginning of the run
         loss_sum=torch.zeros((), device=device),    # of this epoch's steps
         seconds=0.0,                                # that these steps took
-        waited=0.0,                                 # seconds of those, spent waiting for data
+        waited=0.0,                                 # of those seconds, for data
         best_miou=-1.0,                             # of best.pt
         log=[],                                     # the rows of log.csv
         num_frames=num_frames,                      # must be equal on resume
@@ -302,49 +336,20 @@ def main(argv=None):
             raise ValueError(f"--epochs {args.epochs}: the run has already trained longer")
         if not (args.out / "best.pt").exists():     # only last.pt was copied here
             run.best_miou = -1.0
-    saved_at = time.monotonic()
 
     with stop_signals() as signals:
         while run.epoch < args.epochs:              # finish_epoch increases it
-            network.train()
-            torch.backends.cudnn.benchmark = True   # crops have one size: try what is fastest
-            batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
-            # Steps that were done before a resume: all, if the run was stopped in the validation.
-            done = run.step - run.epoch * steps_per_epoch
-            own_batches = [batch[RANK::WORLD_SIZE] for batch in batches[done:]]
-            loader = make_loader(train_set, args.workers, device, batch_sampler=own_batches)
-            loader = timed(loader, run)
-            if RANK == 0:
-                loader = progress(
-                    loader, lambda step: format_step(args, run, step, steps_per_epoch), done)
-            started = time.monotonic() - run.seconds        # as if the epoch had not been stopped
-            for images, target in loader:
-                for group in optimizer.param_groups:                    # the schedule
-                    group["lr"] = learning_rate(args, run.step, steps_per_epoch, group["factor"])
-                seed_step(args.seed, run.step)
-                loss = train_step(network, loss_function, optimizer, scaler, images, target, dtype)
-
-                run.step += 1
-                run.loss_sum += over_ranks(loss) / WORLD_SIZE
-                run.seconds = time.monotonic() - started
-                if run.step == 1 and RANK == 0:
-                    first_save(args, run, parts, train_set)
-                must_stop = on_any_rank(signals)
-                save_is_due = time.monotonic() - saved_at > 60 * args.save_minutes
-                if must_stop or save_is_due:        # of other ranks, `save` saves nothing
-                    save("last.pt", args, run, parts)
-                    saved_at = time.monotonic()
-                if must_stop:
-                    end_stopped(args, signals)
+            train_epoch(args, run, parts, network, loss_function, train_set, device, dtype, signals)
             save("last.pt", args, run, parts)
+            validation_began = time.monotonic()
             scores = NO_SCORES
             if (run.epoch + 1) % args.val_every == 0 or run.epoch + 1 == args.epochs:
                 matrix = validate(model, val_set, device, dtype, args.workers, signals)
                 if matrix is None:
                     end_stopped(args, signals)
                 scores = summarize(matrix)
-            finish_epoch(args, run, parts, scores, time.monotonic() - started)
-            saved_at = time.monotonic()
+            seconds = run.seconds + time.monotonic() - validation_began
+            finish_epoch(args, run, parts, scores, seconds)
     if run.best_miou >= 0:
         say(f"best validation mIoU {run.best_miou:.3f}")
         say(f"now: python eval.py --ckpt {args.out / 'best.pt'}")
@@ -376,17 +381,9 @@ def validate(model, val_set, device, dtype, workers, signals):
     return over_ranks(matrix).cpu()
 
 
-def timed(items, run):
-    """Yield the items, and add to `run.waited` the seconds of waiting for each."""
-    asked = time.monotonic()
-    for item in items:
-        run.waited += time.monotonic() - asked
-        yield item                                  # the body of the loop runs here
-        asked = time.monotonic()
-
-
-def format_step(args, run, step, steps_per_epoch):
-    """A line of text for `progress`, after a step of the epoch (from 1)."""
+def format_step(args, run, steps_per_epoch):
+    """How far the epoch is, as text."""
+    step = run.step - run.epoch * steps_per_epoch
     per_step = run.seconds / step
     steps_left = args.epochs * steps_per_epoch - run.step
     left = timedelta(seconds=round(per_step * steps_left))

@@ -219,7 +219,7 @@ class UNet(nn.Module):
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also if the
     layers are computed in 16 bits (autocast). The input is padded with zeros (the mean color, once
     normalized) to multiples of 32; the output is cropped back. `widths`: the channels of the Ups,
-    coarsest first. ConvNeXt has only three. With fewer widths, the finest skips are not used.
+    coarsest first. ConvNeXt has three Ups. With fewer widths, the finest skips are not used.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
@@ -309,7 +309,7 @@ class GatedUp(nn.Module):
 class ConvUNeXt(nn.Module):
     """The published ConvUNeXt (base_c 32, bilinear), with the published keys; 3.5 M parameters.
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. Below 64 pixels
-    the coarsest map (stride 16) has fewer than 4 pixels, too few to reflect 3 of them, and the
+    the coarsest map (stride 16) has fewer than 4 pixels, too few to reflect 3 (for 7x7), and the
     published code fails. Such an image is first extended by repeating its last row and column."""
 
     def __init__(self, num_classes, width=32):
@@ -320,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as many channels as x8
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # up1 joins x16 and x8
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
@@ -438,14 +438,14 @@ class DepthwiseConv(nn.Conv2d):
 class FastDepthwise(torch.autograd.Function):
     """y = F.conv2d(x, weight, bias, groups=C): N x C x (H + 6) x (W + 6) -> N x C x H x W.
 
-    In each channel, y and the gradient of the loss L are (the second sum also over the images)
+    In each image and channel, with i, j = 0 ... 6 and a loss L:
 
-        y[r, q]          = bias + sum_ij weight[i, j] x[r + i, q + j]           i, j = 0 ... 6
-        dL/dweight[i, j] = sum_rq dL/dy[r, q] x[r + i, q + j]
+        y[r, q]          = bias + sum_ij weight[i, j] x[r + i, q + j]
+        dL/dweight[i, j] = sum_rq dL/dy[r, q] x[r + i, q + j]           (summed over the images)
 
-    On a CPU, PyTorch computes the second sum fast only for kernels of up to 3 columns. No column j
-    depends on another one, so `backward` computes the 7 columns in three parts, 3 + 3 + 1. This
-    takes 0.36 s instead of 0.59 s (one core, float32, forward too, 2 x 64 x 128 x 256)."""
+    On a CPU, PyTorch computes the second sum fast only for kernels of up to 3 columns j. Columns do
+    not depend on each other, so `backward` computes 3 + 3 + 1 of them. With the forward pass, this
+    takes 0.36 s instead of 0.59 s (one core, float32, 2 x 64 x 128 x 256)."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -460,7 +460,7 @@ class FastDepthwise(torch.autograd.Function):
         grad_x = conv2d_input(x.shape, weight, grad, groups=channels)
         parts = []
         for j, columns in (0, 3), (3, 3), (6, 1):
-            # Columns j ... j + columns - 1 of the kernel see these columns of x:
+            # For example, columns 3, 4, 5 of the kernel see columns 3 ... width + 4 of x.
             x_part = x[..., j:j + columns - 1 + width]
             parts.append(conv2d_weight(x_part, (channels, 1, 7, columns), grad, groups=channels))
         grad_weight = torch.cat(parts, dim=3)       # autograd casts it to weight's float32
