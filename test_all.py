@@ -628,7 +628,7 @@ def test_epochs_are_permutations_that_depend_on_seed_and_epoch():
         assert len(np.unique(frames)) == 6
         assert np.isin(frames, range(7)).all()
     assert (first != later).any() and (first != other).any()
-    assert str(data.epoch_batches(1, 5, 2, seed=0)) == "[[5, 7], [9, 8]]"       # of runs to resume
+    assert str(data.epoch_batches(1, 5, 2, seed=0)) == "[[5, 7], [9, 8]]"     # fixed, for --resume
 
 
 # -------------------------------------------------------------- data: augmentation
