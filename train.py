@@ -212,7 +212,8 @@ def build_optimizer(model, args, dtype):
     groups = [{"params": parameters, "factor": factor, "weight_decay": decay}
               for (factor, decay), parameters in parameters_of.items()]
     # Fused is faster, but not tested on MPS, and in PyTorch 2.13 wrong with float16: if GradScaler
-    # skips the first step, fused SGD starts from an uninitialized momentum.
+    # skips the first step, fused SGD starts from an uninitialized momentum. (A resume with another
+    # --amp keeps the saved choice. It has a momentum already.)
     fused = dtype != torch.float16 and next(model.parameters()).device.type != "mps"
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, fused=fused)
