@@ -272,7 +272,7 @@ def augment(image, label, crop, rng, scale=(0.5, 2.0)):
     image_crop.paste(image_part, (crop_left, crop_top))
     label_crop.paste(label_part, (crop_left, crop_top))
     if rng.random() < 0.5:
-        return ImageOps.mirror(image_crop), ImageOps.mirror(label_crop)
+        image_crop, label_crop = ImageOps.mirror(image_crop), ImageOps.mirror(label_crop)
     return image_crop, label_crop
 
 
@@ -295,8 +295,8 @@ def jitter(image, rng):
 # ----------------------------------------------------------------------------------- CopyBlob
 
 # In Cityscapes, wall, fence, bus and train have less than 1 % of the pixels each, and networks miss
-# many of them. CopyBlob, after hoya012, pastes such a class from a donor, a training frame that
-# shows enough of it, at the same place:
+# many of them. CopyBlob pastes such a class from a donor, a training frame that shows enough of it,
+# at the same place (hoya012's original at a random one):
 #
 #     frame                  donor                  result
 #     +----------------+     +----------------+     +----------------+
@@ -392,9 +392,9 @@ def epoch_batches(epoch, length, batch, seed):
 #     main      finishes the step (train.py)        kills workers that are left
 #     worker    ignores both                        -
 #
-# The kill comes before Python's multiprocessing module ends workers: it would send SIGTERM and wait
-# forever. On Linux, workers are forked: from Python 3.14 on, a helper process would start them, and
-# if it died of SIGTERM, they would end, too.
+# The kill comes before Python's multiprocessing module ends workers: it would send SIGTERM, which
+# they ignore, and wait forever. On Linux, workers are forked: from Python 3.14 on, a helper process
+# ("forkserver") would start them, and if it died of SIGTERM, they would end, too.
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself

@@ -7,8 +7,8 @@
     python eval.py --ckpt best.pt --split test --labels-out FOLDER        # for the official scorer
 
 Every frame is scored at the full size of its label, and one confusion matrix counts the pixels of
-the whole split. Sizes are height x width. train.py predicts its validation frames, reads
-checkpoints, and reads its command line with functions of this file.
+the whole split. Sizes are height x width. train.py takes from this file how to predict, score,
+draw, read checkpoints, and read a command line.
 """
 import argparse
 import errno

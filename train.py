@@ -5,8 +5,8 @@
 
 Writes into --out: best.pt, the weights of the best validation mIoU, for eval.py; last.pt, all that
 --resume needs; log.csv, one row for each epoch; curves.png, its picture; with --copyblob also
-copyblob.png. last.pt is saved after step 1, every 5 minutes, on signals, and at the end of each
-epoch, before and after its validation.
+copyblob.png. last.pt is saved after the first step of a run, every 5 minutes, on signals, and at
+the end of each epoch, before and after its validation.
 """
 # The training is in `train_step`, `train_epoch` and `main`. What they need is built before them.
 # What they call follows: the end of an epoch, the files, resume, several processes and signals.
@@ -35,7 +35,8 @@ from eval import (PALETTE, command_line, curves_picture, find_checkpoint, load_c
 from losses import LOSSES, build_loss
 from unet import MODELS, SPECS, build_model
 
-# torchrun starts WORLD_SIZE processes, each with a RANK from 0; without it, there is one, rank 0.
+# torchrun starts WORLD_SIZE processes, each with a RANK from 0. Without it, there is one, rank 0.
+# First read the code for this case.
 # All ranks must call the operations of torch.distributed together, as each waits for the others.
 # NCCL executes them on GPUs, Gloo on CPUs. If one rank fails, torchrun ends the others.
 #     all_reduce      the sum over all ranks, in place
@@ -89,7 +90,7 @@ def parse_args(argv=None):
         raise ValueError("--scale: MIN is larger than MAX")
     if args.init and args.pretrained:
         raise ValueError("--init and --pretrained exclude each other")
-    args.init = args.init and str(args.init)        # as it is saved in checkpoints
+    args.init = args.init and str(args.init)        # checkpoints hold no Path
     return args
 
 
@@ -240,7 +241,8 @@ def seed_step(seed, step):
 
 def train_step(network, loss_function, optimizer, scaler, images, target, dtype):
     """Forward, loss, backward, step -> the loss. uint8 N x 3 x H x W and N x H x W, on the CPU.
-    A GPU only queues all this: code that reads a value (`.item()`, `if`) waits for the result."""
+    A GPU only queues all this: code that reads a value (`.item()`, `if`) waits for the result.
+    The scaler (see `main`) does nothing but in float16."""
     device = next(network.parameters()).device
     images = images.to(device, non_blocking=True)
     target = target.to(device, non_blocking=True).long()
@@ -255,14 +257,15 @@ def train_step(network, loss_function, optimizer, scaler, images, target, dtype)
 
 
 def train_epoch(args, run, parts, network, loss_function, train_set, device, dtype, signals):
-    """Train one epoch, or what is left of it after a resume. At the end of a step, save last.pt if
-    it is time, and end the program if a signal came. Adds to `run` what is counted."""
+    """Train one epoch, or what is left of it after a resume. After a step, save last.pt if it is
+    time, and end the program if a signal came. `main` builds `run`, the position and all counters,
+    and `parts`, the model, optimizer and scaler; `signals` lists those that came."""
     network.train()
     torch.backends.cudnn.benchmark = True           # crops have one size: try what is fastest
     optimizer, scaler = parts["optimizer"], parts["scaler"]
     steps_per_epoch = len(train_set) // args.batch
     batches = epoch_batches(run.epoch, len(train_set), args.batch, args.seed)
-    # Steps that were done before a resume: all, if the run was stopped in the validation.
+    # Steps of this epoch that were done before a resume: all, if it stopped in the validation.
     done = run.step - run.epoch * steps_per_epoch
     own_batches = [batch[RANK::WORLD_SIZE] for batch in batches[done:]]
     loader = make_loader(train_set, args.workers, device, batch_sampler=own_batches)
@@ -617,8 +620,9 @@ def leave_group():
 @contextlib.contextmanager
 def stop_signals():
     """Collect SIGINT (Ctrl-C) and SIGTERM in a list, instead of ending the program -> the list.
-    The loop looks at the list after each step, so a second signal changes nothing. A signal that is
-    ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still ends at once."""
+    The program looks at the list after each step and validation frame, so a second signal changes
+    nothing. A signal that is ignored already (nohup, background jobs) stays ignored. Ctrl-\\ still
+    ends at once."""
     received, handlers = [], {}
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) != signal.SIG_IGN:

@@ -219,7 +219,7 @@ class UNet(nn.Module):
     float N x 3 x H x W -> logits N x num_classes x H x W, for any H and W; float32, also if the
     layers are computed in 16 bits (autocast). The input is padded with zeros (the mean color, once
     normalized) to multiples of 32; the output is cropped back. `widths`: the channels of the Ups,
-    coarsest first. ConvNeXt has three Ups. With fewer widths, the finest skips are not used.
+    coarsest first. ConvNeXt uses three. With fewer widths, the finest skips are not used.
     "resnet34" turns an image of 3 x 512 x 1024 (channels x height x width) into these maps:
 
         stride           2               4               8              16             32
@@ -320,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # up1 joins x16 and x8
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # GatedUp needs those of x8
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
