@@ -301,12 +301,8 @@ def main(argv=None):
     args.out, last = find_run(args)
     choose_options(args, saved=last["settings"] if last else {})
     device = pick_device(args.device)
-    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL; Gloo for on_any_rank's CPU tensor
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
-    elif WORLD_SIZE > 1:
-        dist.init_process_group("gloo")
+    join_group(device)
 
-    # Data, network, optimizer.
     train_set, val_set, loss_function = build_data(args, device)
     num_frames = [len(train_set), len(val_set)]
     steps_per_epoch = len(train_set) // args.batch
@@ -608,6 +604,14 @@ def on_any_rank(condition):
     """Whether a condition holds on at least one rank."""
     value = torch.tensor(float(bool(condition)))    # on the CPU: does not wait for the GPU
     return over_ranks(value).item() > 0
+
+
+def join_group(device):
+    """Let this process communicate with the other ranks. The device is that of the network."""
+    if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL; Gloo for on_any_rank's CPU tensor
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    elif WORLD_SIZE > 1:
+        dist.init_process_group("gloo")
 
 
 def leave_group():
