@@ -385,16 +385,13 @@ def epoch_batches(epoch, length, batch, seed):
     return items[:steps * batch].reshape(steps, batch).tolist()
 
 
-# Ctrl-C reaches all processes of a program, and so does SIGTERM from many job schedulers. train.py
-# then finishes its step, for which it needs the loader's worker processes:
-#
-#     process   on SIGINT, SIGTERM                  at the end of the program
-#     main      finishes the step (train.py)        kills workers that are left
-#     worker    ignores both                        -
-#
-# The kill comes before Python's multiprocessing module ends workers: it would send SIGTERM, which
-# they ignore, and wait forever. On Linux, workers are forked: from Python 3.14 on, a helper process
-# ("forkserver") would start them, and if it died of SIGTERM, they would end, too.
+# Ctrl-C (SIGINT) reaches all processes of a program, and so does SIGTERM from many job schedulers.
+# train.py then finishes its step, for which it needs the loader's worker processes. So:
+# 1. Workers ignore both signals (ignore_stop_signals).
+# 2. At the end of a program, Python sends SIGTERM to workers that are left, and would now wait for
+#    them forever. So kill_workers runs before that: nothing can ignore SIGKILL.
+# 3. On Linux, workers are forked from this process. Python 3.14 would start them from a helper
+#    process, which dies of SIGTERM, and PyTorch's workers end when their parent has ended.
 def make_loader(dataset, workers, device, **options):
     """A torch DataLoader whose worker processes leave signals to the main process.
     device: the torch.device of the network. workers: None is 0 on a CPU, where the network itself

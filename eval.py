@@ -387,7 +387,7 @@ def score_checkpoint(ckpt, dataset, out, device, dtype, args):
     print(f"\n{ckpt['path']}: {settings['model']}, loss {settings['loss']}, "
           f"copyblob {settings['copyblob']:g}, epoch {ckpt['epoch']}")
     out.mkdir(parents=True, exist_ok=True)
-    count = min(args.panels, len(dataset))          # of the frames to draw, at equal distances
+    count = min(args.panels, len(dataset))          # of the frames to draw, at equal distances:
     chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
     rows = []
     matrix = torch.zeros(len(CLASSES), len(CLASSES), dtype=torch.int64)
@@ -551,7 +551,7 @@ def command_line(main):
 
 
 def parse_args(argv=None):
-    """The options of eval.py. Raises ValueError."""
+    """The options of eval.py. Raises ValueError, or SystemExit (argparse)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)

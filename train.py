@@ -49,7 +49,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
 
 def parse_args(argv=None):
     """Parse the command line -> Namespace; an option that was not typed is None. A new option needs
-    a line here, without a default, and its default in choose_options. Raises ValueError."""
+    a line here, without a default, and its default in choose_options. ValueError, SystemExit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS, allow_abbrev=False)
@@ -301,7 +301,7 @@ def main(argv=None):
     args.out, last = find_run(args)
     choose_options(args, saved=last["settings"] if last else {})
     device = pick_device(args.device)
-    join_group(device)
+    join_group(args, device, last)
 
     train_set, val_set, loss_function = build_data(args, device)
     num_frames = [len(train_set), len(val_set)]
@@ -606,12 +606,15 @@ def on_any_rank(condition):
     return over_ranks(value).item() > 0
 
 
-def join_group(device):
-    """Let this process communicate with the other ranks. The device is that of the network."""
+def join_group(args, device, last):
+    """Connect to the other ranks. Raises ValueError if only some of them have a last.pt."""
     if WORLD_SIZE > 1 and device.type == "cuda":    # NCCL; Gloo for on_any_rank's CPU tensor
         dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
     elif WORLD_SIZE > 1:
         dist.init_process_group("gloo")
+    some_rank_resumes = on_any_rank(last is not None)
+    if some_rank_resumes and last is None:
+        raise ValueError(f"{args.out}: not all processes find last.pt; all machines must share it")
 
 
 def leave_group():

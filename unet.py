@@ -309,8 +309,8 @@ class GatedUp(nn.Module):
 class ConvUNeXt(nn.Module):
     """The published ConvUNeXt (base_c 32, bilinear), with the published keys; 3.5 M parameters.
     float N x 3 x H x W -> float32 logits N x num_classes x H x W, for any H and W. Below 64 pixels
-    the coarsest map (stride 16) has fewer than 4 pixels, too few to reflect 3 (for 7x7), and the
-    published code fails. Such an image is first extended by repeating its last row and column."""
+    the coarsest map (stride 16) has fewer than 4 pixels: a 7x7 filter cannot reflect 3 of them, and
+    the published code fails. Such an image is first extended: its last row and column repeat."""
 
     def __init__(self, num_classes, width=32):
         super().__init__()
@@ -320,7 +320,7 @@ class ConvUNeXt(nn.Module):
         self.down1 = self.down(width, 2 * width, depth=1)
         self.down2 = self.down(2 * width, 4 * width, depth=1)
         self.down3 = self.down(4 * width, 8 * width, depth=3)
-        self.down4 = self.down(8 * width, 8 * width, depth=1)       # GatedUp needs those of x8
+        self.down4 = self.down(8 * width, 8 * width, depth=1)       # as down3, for GatedUp
         self.up1 = GatedUp(8 * width, 4 * width)
         self.up2 = GatedUp(4 * width, 2 * width)
         self.up3 = GatedUp(2 * width, width)
